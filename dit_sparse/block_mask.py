@@ -1,0 +1,118 @@
+"""Which key blocks each query block reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """A block-sparse attention pattern, kept as bits.
+
+    Shapes: B batch, H heads, Nq query blocks, Nk key blocks. Blocks are cut from the ordered
+    sequence, so only the last block of each side can be short.
+
+    Attributes:
+        bits: (B, H, Nq, ceil(Nk / 8)) uint8, lowest bit first.
+        q_len, kv_len: tokens of each side.
+        block_size: tokens in a query block and in a key block.
+        max_blocks: the largest number of key blocks that any query block reads.
+        density: (H,) float32, kept query-key pairs over all pairs, mean over the batch.
+    """
+
+    bits: Tensor
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int]
+    max_blocks: int
+    density: Tensor
+
+    @classmethod
+    def from_dense(
+        cls, mask: Tensor, q_len: int, kv_len: int, block_size: tuple[int, int] = (64, 64)
+    ) -> "BlockMask":
+        """Pack a bool mask (B, H, Nq, Nk)."""
+        expected = (-(-q_len // block_size[0]), -(-kv_len // block_size[1]))
+        if mask.dtype != torch.bool or mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
+            raise ValueError(
+                f"expected a bool mask (B, H, {expected[0]}, {expected[1]}) for {q_len} queries and"
+                f" {kv_len} keys in blocks of {block_size}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        q_tokens = _valid_tokens(q_len, block_size[0], mask.device)
+        kv_tokens = _valid_tokens(kv_len, block_size[1], mask.device)
+        pairs = (mask.float() @ kv_tokens) @ q_tokens  # (B, H)
+        return cls(
+            bits=_pack(mask),
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=block_size,
+            max_blocks=int(mask.sum(-1).max()),
+            density=(pairs / (q_len * kv_len)).mean(0),
+        )
+
+    @classmethod
+    def full(
+        cls, q_len: int, kv_len: int, block_size: tuple[int, int] = (64, 64), device="cpu"
+    ) -> "BlockMask":
+        """Every block kept, one mask for all samples and heads."""
+        blocks = (-(-q_len // block_size[0]), -(-kv_len // block_size[1]))
+        mask = torch.ones(1, 1, *blocks, dtype=torch.bool, device=device)
+        return cls.from_dense(mask, q_len, kv_len, block_size)
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        return -(-self.q_len // self.block_size[0]), -(-self.kv_len // self.block_size[1])
+
+    def to_dense(self) -> Tensor:
+        """Bool mask (B, H, Nq, Nk)."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        unpacked = (self.bits.unsqueeze(-1) >> shifts) & 1
+        return unpacked.flatten(-2)[..., : self.num_blocks[1]].bool()
+
+    def indices(self) -> tuple[Tensor, Tensor]:
+        """`kv_num_blocks` (B, H, Nq) int32 and `kv_indices` (B, H, Nq, max_blocks) int16.
+
+        The first `kv_num_blocks` entries of a row are the kept key blocks in ascending order;
+        the rest are 0.
+        """
+        dense = self.to_dense()
+        counts = dense.sum(-1, dtype=torch.int32)
+        slot = dense.cumsum(-1, dtype=torch.int32) - 1
+        slot = torch.where(dense, slot, self.max_blocks).long()  # dropped blocks share one slot
+        kept = torch.zeros(*dense.shape[:3], self.max_blocks + 1, dtype=torch.int16, device=dense.device)
+        block = torch.arange(dense.shape[-1], dtype=torch.int16, device=dense.device)
+        kept.scatter_(-1, slot, block.expand_as(dense))
+        return counts, kept[..., : self.max_blocks].contiguous()
+
+    def to_flex(self):
+        """The same mask for torch's FlexAttention (full-width int32 indices)."""
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        dense = self.to_dense()
+        counts = dense.sum(-1, dtype=torch.int32)
+        order = dense.int().argsort(dim=-1, descending=True, stable=True).int()
+        return FlexBlockMask.from_kv_blocks(
+            torch.zeros_like(counts),
+            torch.zeros_like(order),
+            counts,
+            order,
+            BLOCK_SIZE=self.block_size,
+            seq_lengths=(self.q_len, self.kv_len),
+        )
+
+    def nbytes(self) -> int:
+        return self.bits.numel()
+
+
+def _valid_tokens(length: int, block_size: int, device: torch.device) -> Tensor:
+    """Tokens in each block, (N,) float32."""
+    tokens = torch.full((-(-length // block_size),), float(block_size), device=device)
+    tokens[-1] -= len(tokens) * block_size - length
+    return tokens
+
+
+def _pack(mask: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)

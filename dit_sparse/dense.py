@@ -1,0 +1,41 @@
+"""Dense attention that also returns its log-sum-exp.
+
+torch computes it in every fused kernel but shows it only through private operators; this file is
+the one place that calls them. Our own kernel with all blocks kept is the fallback.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import sparse_attention
+from .block_mask import BlockMask
+
+
+def dense_attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention of (B, S, H, D) tensors.
+
+    Returns:
+        output (B, Sq, H, D) and lse (B, H, Sq) float32, natural log.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    try:
+        output, lse = _fused(q, k, v)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        block_mask = BlockMask.full(query.shape[1], key.shape[1], device=query.device)
+        return sparse_attention(query, key, value, block_mask, return_lse=True)
+    lse = lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]].float()
+    return output.transpose(1, 2), lse
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k, v: (B, H, S, D)."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+    if q.device.type != "cuda":
+        raise NotImplementedError
+    if q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9:
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return aten._scaled_dot_product_flash_attention(q, k, v)[:2]

@@ -1,0 +1,68 @@
+"""AdaSpa: exact block mass found online at a few steps, reused in between (arXiv 2502.21079).
+
+From the paper: block mass W = sum of exp(q.k / sqrt(D) - LSE) over the pairs of a block (Eq. 12-14);
+the first search is fused with a dense forward that also yields the LSE, later searches reuse that
+LSE; per-row top-k; text blocks are always kept; three levels of density from the recall of heads.
+Where the paper is silent or wrong:
+
+- Its pseudocode takes the logarithm of qk - LSE and leaves out the scale; the equation is followed.
+- More than half of the heads above the recall threshold: the count is capped at half, or the
+  levels would overlap.
+- Above density 2/3 the top level would pass 1: every head keeps the same density there.
+- Recall is normalised by the row sum of W, since a stale LSE changes that sum.
+- Text and own blocks count towards a row's budget; rows of text blocks keep everything.
+- A block that mixes text and video counts as text.
+- Masks and LSE are kept per CFG branch and per sample; nothing is shared between them.
+- Step indices are 0-based: with (0.2, 0.6) of 50 steps the searches are at steps 10 and 30, and
+  the fused search's own output is dense, so 11 steps are dense.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import SparseConfig
+from .search import Found, Search
+from .select import blocks_of, forced_blocks, kept_share, top_k_rows
+
+MAX_ADAPTIVE_DENSITY = 2 / 3
+
+
+@dataclass(frozen=True)
+class AdaSpa(SparseConfig):
+    """Exact block mass searched at two steps, per-row top-k, three density levels over heads.
+
+    Args:
+        recall_threshold: heads that keep more mass than this give half of their budget away.
+        head_adaptive: False keeps one density for all heads.
+    """
+
+    recall_threshold: float = 0.8
+    head_adaptive: bool = True
+
+    paper: ClassVar[str] = "AdaSpa, arXiv 2502.21079"
+    uses_lse: ClassVar[bool] = True
+
+    def find(self, search: Search) -> Found:
+        mass = search.mass(self.block_size, self.engine)
+        forced = forced_blocks(search.grid, self.block_size, mass.device)
+        density = mass.new_full(mass.shape[:2], self.density)
+        mask = self._select(mass, density, forced)
+        if self.head_adaptive and self.density <= MAX_ADAPTIVE_DENSITY:
+            density = self.head_densities(kept_share(mass, mask))
+            mask = self._select(mass, density, forced)
+        return Found(mask, kept_share(mass, mask).mean(0))
+
+    def _select(self, mass: Tensor, density: Tensor, forced: Tensor) -> Tensor:
+        return top_k_rows(mass, blocks_of(density, mass.shape[-1]), forced)
+
+    def head_densities(self, recall: Tensor) -> Tensor:
+        """Half the density for the best heads, 1.5 times for as many of the worst, (B, H)."""
+        heads = recall.shape[1]
+        levels = (recall > self.recall_threshold).sum(1, keepdim=True).clamp(max=heads // 2)
+        rank = recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 keeps most
+        density = torch.full_like(recall, self.density)
+        density = torch.where(rank < levels, density * 0.5, density)
+        return torch.where(rank >= heads - levels, density * 1.5, density)

@@ -1,0 +1,32 @@
+"""Random blocks: the floor that every method must beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..config import SparseConfig
+from .search import Found, Search
+from .select import blocks_of, forced_blocks, top_k_rows
+
+
+@dataclass(frozen=True)
+class RandomBlocks(SparseConfig):
+    """As many random blocks in every row, drawn anew for each head, layer and search.
+
+    Args:
+        seed: of the drawing.
+    """
+
+    seed: int = 0
+
+    paper: ClassVar[str] = "a floor, no paper"
+
+    def find(self, search: Search) -> Found:
+        batch, length, heads, _ = search.query.shape
+        blocks = search.grid.num_blocks(self.block_size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + search.layer)
+        scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(search.query.device)
+        kept = torch.full((batch, heads), blocks_of(self.density, blocks), device=scores.device)
+        forced = forced_blocks(search.grid, self.block_size, scores.device)
+        return Found(top_k_rows(scores, kept, forced))

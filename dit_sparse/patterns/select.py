@@ -1,0 +1,51 @@
+"""Selectors: from scores of blocks to the blocks that are kept."""
+
+import torch
+from torch import Tensor
+
+from ..grid import VideoGrid
+
+
+def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
+    """The best blocks of every row.
+
+    Args:
+        scores: (B, H, N, N), higher is better.
+        kept: (B, H) int64, blocks kept in each row of a head.
+        forced: (N, N) bool, blocks kept whatever their score. They count towards `kept`; a row
+            that is forced to keep more, keeps more.
+
+    Returns:
+        (B, H, N, N) bool.
+    """
+    largest = int(kept.max())
+    best = scores.masked_fill(forced, torch.inf).topk(largest, dim=-1).indices
+    within = torch.arange(largest, device=scores.device) < kept[..., None, None]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask.scatter_(-1, best, within.expand_as(best))
+    return mask | forced
+
+
+def forced_blocks(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
+    """Blocks that are always kept, (N, N) bool: a row's own block, and all that touch text."""
+    forced = torch.eye(grid.num_blocks(block_size), dtype=torch.bool, device=device)
+    text = grid.text_blocks(block_size)
+    forced[:, text.start : text.stop] = True
+    forced[text.start : text.stop, :] = True
+    return forced
+
+
+def blocks_of(density: float | Tensor, num_blocks: int) -> int | Tensor:
+    """Blocks in a row of `num_blocks` at a density, at least one."""
+    if isinstance(density, Tensor):
+        return (density * num_blocks).round().long().clamp(1, num_blocks)
+    return min(max(round(density * num_blocks), 1), num_blocks)
+
+
+def kept_share(mass: Tensor, mask: Tensor) -> Tensor:
+    """Share of each head's mass inside the mask, mean over query blocks, (B, H).
+
+    Normalised by the mass of each row and not by its number of queries: with a log-sum-exp from
+    an earlier step a row no longer sums to that number.
+    """
+    return ((mass * mask).sum(-1) / mass.sum(-1).clamp_min(1e-20)).mean(-1)

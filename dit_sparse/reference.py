@@ -1,0 +1,149 @@
+"""Block-sparse attention in plain torch: it defines what is correct and runs on any device.
+
+Only the kept key blocks are gathered, so that on a CPU sparse is faster than dense.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .block_mask import BlockMask
+
+GATHERED_ELEMENTS = 1 << 22  # gathered keys of one chunk: stays near the cache of a CPU
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks. Arguments as `dit_sparse.sparse_attention`.
+
+    Returns:
+        output (B, Sq, H, D) in the input's dtype, and lse (B, H, Sq) float32, natural log.
+        A query block that keeps nothing gives output 0 and lse -inf.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    counts, indices = block_mask.indices()
+    output = torch.zeros_like(query)
+    lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), -torch.inf, dtype=torch.float32)
+    for b in range(query.shape[0]):
+        keys = block_mask.kv_len if kv_len is None else int(kv_len[b])
+        for h in range(query.shape[2]):
+            mask_b, mask_h = b % counts.shape[0], h % counts.shape[1]
+            out_rows, lse_rows = _one_head(
+                query[b, :, h],
+                key[b, :, h],
+                value[b, :, h],
+                counts[mask_b, mask_h],
+                indices[mask_b, mask_h],
+                block_mask.block_size,
+                keys,
+                scale,
+            )
+            output[b, :, h], lse[b, h] = out_rows, lse_rows
+    return output, lse
+
+
+def _one_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    block_size: tuple[int, int],
+    kv_len: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One sample and head: query (Sq, D), key and value (Sk, D), counts (Nq,), indices (Nq, K)."""
+    length, dim = query.shape
+    q_blocks = _blocks(query, block_size[0])  # (Nq, bq, D)
+    k_blocks, v_blocks = _blocks(key, block_size[1]), _blocks(value, block_size[1])
+    output = torch.zeros_like(q_blocks)
+    lse = torch.full(q_blocks.shape[:2], -torch.inf, device=query.device)
+    per_chunk = max(1, GATHERED_ELEMENTS // max(1, indices.shape[1] * block_size[1] * dim))
+    # rows with equally many blocks go together, so that none computes padding
+    for count in counts[counts > 0].unique().tolist():
+        rows = (counts == count).nonzero().flatten()
+        for chunk in rows.split(per_chunk):
+            kept = indices[chunk, :count].long()  # (rows, count)
+            output[chunk], lse[chunk] = _attend(
+                q_blocks[chunk],
+                k_blocks[kept].flatten(1, 2),
+                v_blocks[kept].flatten(1, 2),
+                _key_bias(kept, block_size[1], kv_len),
+                scale,
+            )
+    return output.flatten(0, 1)[:length], lse.flatten()[:length]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """query (R, bq, D), key and value (R, K, D), bias (R, 1, K) or None."""
+    if query.device.type == "cpu":
+        # torch's fused CPU kernel also returns the log-sum-exp, in natural log
+        attn_mask = None if bias is None else bias.to(query.dtype).expand(-1, query.shape[1], -1).unsqueeze(1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=attn_mask, scale=scale
+        )
+        return out.squeeze(1), lse.squeeze(1).float()
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    scores = scores if bias is None else scores + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+    return (weights.to(value.dtype) @ value), lse
+
+
+def _blocks(x: Tensor, block_size: int) -> Tensor:
+    """(S, D) -> (N, block, D), zero-padded at the end."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % block_size)).unflatten(0, (-1, block_size))
+
+
+def _key_bias(kept: Tensor, block_size: int, kv_len: int) -> Tensor | None:
+    """-inf at gathered positions that lie beyond the last valid key, or None where there are none."""
+    if int(kept.max()) * block_size + block_size <= kv_len:
+        return None
+    position = kept.unsqueeze(-1) * block_size + torch.arange(block_size, device=kept.device)
+    bias = torch.zeros(position.shape, device=kept.device).masked_fill(position >= kv_len, -torch.inf)
+    return bias.flatten(1).unsqueeze(1)
+
+
+def block_mass(
+    query: Tensor, key: Tensor, lse: Tensor, block_size: tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """Softmax mass of each block: sum over its pairs of exp(q.k * scale - lse).
+
+    AdaSpa (arXiv 2502.21079), section 4; with a current lse each row of blocks sums to the number
+    of its queries.
+
+    Args:
+        query, key: (B, S, H, D). lse: (B, H, Sq), natural log.
+
+    Returns:
+        (B, H, Nq, Nk) float32.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bq, bk = block_size
+    keys = key.permute(0, 2, 3, 1).flatten(0, 1).float().contiguous()  # (B*H, D, Sk)
+    shift = lse.flatten(0, 1).unsqueeze(-1).neg()  # a row without keys has no mass
+    shift = shift.masked_fill(shift == torch.inf, -torch.inf)
+    rows = []
+    for start in range(0, query.shape[1], bq):
+        q = query[:, start : start + bq].transpose(1, 2).flatten(0, 1).float() * scale
+        mass = torch.baddbmm(shift[:, start : start + bq], q, keys).exp_().sum(1)  # (B*H, Sk)
+        rows.append(F.pad(mass, (0, -mass.shape[-1] % bk)).unflatten(-1, (-1, bk)).sum(-1))
+    return torch.stack(rows, dim=1).unflatten(0, lse.shape[:2])
+
+
+def block_pool(x: Tensor, block_size: int) -> Tensor:
+    """Mean of each block of tokens: (B, S, H, D) -> (B, H, N, D) float32."""
+    padded = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block_size))
+    sums = padded.unflatten(1, (-1, block_size)).sum(2)  # (B, N, H, D)
+    lengths = torch.full((sums.shape[1],), float(block_size), device=x.device)
+    lengths[-1] -= len(lengths) * block_size - x.shape[1]
+    return (sums / lengths[:, None, None]).transpose(1, 2)

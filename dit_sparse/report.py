@@ -1,0 +1,93 @@
+"""What ran in the last generation: density, kept mass, cost."""
+
+from dataclasses import dataclass, field
+
+from .state import Record, State
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of the last generation.
+
+    Attributes:
+        effective_cost: multiply-adds of self-attention, search and measurement included, over
+            those of dense attention at every step. Computed from the masks that ran.
+        density: kept pairs over all pairs, mean over sparse calls; None where none ran.
+        kept_mass: share of softmax mass inside the masks; measured at every sparse step with
+            `measure=True`, else known from the searches alone; None where unknown.
+        steps: denoising steps that ran.
+        dense_calls, search_calls, reuse_calls: attention calls of each kind.
+        peak_cache_bytes: largest size of masks and log-sum-exps kept between steps.
+        notes: what ran otherwise than asked, and why.
+        trace: one entry per attention call: branch, step, layer, kind, density and kept_mass
+            per head.
+    """
+
+    method: str
+    config: dict
+    effective_cost: float
+    density: float | None
+    kept_mass: float | None
+    steps: int
+    dense_calls: int
+    search_calls: int
+    reuse_calls: int
+    peak_cache_bytes: int
+    notes: list[str] = field(default_factory=list)
+    trace: list[dict] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        def percent(value: float | None) -> str:
+            return "-" if value is None else f"{value:.1%}"
+
+        lines = [
+            f"method          {self.method}",
+            f"effective cost  {percent(self.effective_cost)} of dense attention",
+            f"density         {percent(self.density)} of blocks at sparse steps",
+            f"kept mass       {percent(self.kept_mass)}",
+            f"attention calls {self.dense_calls} dense, {self.search_calls} searches,"
+            f" {self.reuse_calls} reuses in {self.steps} steps",
+            f"cache           {self.peak_cache_bytes / 2**20:.2f} MiB at most",
+        ]
+        return "\n".join(lines + [f"note            {note}" for note in self.notes])
+
+
+def make_report(method: str, config: dict, states: list[State], layers: list[int], notes: list[str]) -> Report:
+    """Sum up the logs of a pipeline's transformers; `layers` counts the sparse layers of each."""
+    records = [record for state in states for record in state.trace]
+    dense_equivalent = sum(state.calls * count for state, count in zip(states, layers))
+    trace = [_entry(record) for record in records]
+    cost = sum(_mean(entry["density"], 1.0) for entry in trace) + sum(r.extra_cost for r in records)
+    sparse = [entry for entry in trace if entry["kind"] == "reuse"]
+    measured = [entry for entry in sparse if entry["kept_mass"]]
+    measured = measured or [entry for entry in trace if entry["kept_mass"]]
+    kinds = [record.kind for record in records]
+    return Report(
+        method=method,
+        config=config,
+        effective_cost=cost / dense_equivalent if dense_equivalent else 0.0,
+        density=_mean([_mean(entry["density"]) for entry in sparse], None),
+        kept_mass=_mean([_mean(entry["kept_mass"]) for entry in measured], None),
+        steps=len({record.step for record in records}),
+        dense_calls=kinds.count("dense"),
+        search_calls=kinds.count("search"),
+        reuse_calls=kinds.count("reuse"),
+        peak_cache_bytes=sum(state.peak_bytes for state in states),
+        notes=list(notes),
+        trace=trace,
+    )
+
+
+def _entry(record: Record) -> dict:
+    return {
+        "branch": record.branch,
+        "step": record.step,
+        "layer": record.layer,
+        "kind": record.kind,
+        "density": None if record.density is None else record.density.tolist(),
+        "kept_mass": None if record.kept_mass is None else record.kept_mass.tolist(),
+    }
+
+
+def _mean(values: list[float] | None, default=None):
+    return sum(values) / len(values) if values else default

@@ -1,0 +1,27 @@
+"""When a layer runs dense, searches for a mask, or reuses the one it has."""
+
+from typing import Literal
+
+Kind = Literal["dense", "search", "reuse"]
+
+
+def search_steps(search_at: tuple[float, ...], num_steps: int) -> list[int]:
+    """Absolute steps, 0-based, of fractions of `num_steps`; at least one step is left to reuse."""
+    return sorted({min(round(fraction * num_steps), num_steps - 1) for fraction in search_at})
+
+
+def step_kind(
+    step: int, num_steps: int, search_at: tuple[float, ...], found_at: int | None
+) -> Kind:
+    """What to do at `step` (0-based) of `num_steps`.
+
+    Judged from absolute steps, never from a count of calls: a step cache may skip layers or whole
+    steps, and a second transformer starts in the middle of a run.
+
+    Args:
+        found_at: step at which the kept mask was found, None where there is none.
+    """
+    due = [s for s in search_steps(search_at, num_steps) if s <= step]
+    if not due:
+        return "dense"
+    return "search" if found_at is None or found_at < due[-1] else "reuse"

@@ -1,0 +1,94 @@
+"""What is kept of one transformer between denoising steps, and the log of what ran."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+from .grid import VideoGrid
+from .schedule import Kind
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer, as its pre-hook found it.
+
+    Attributes:
+        step: absolute denoising step, 0-based. num_steps: steps of the run.
+        branch: CFG branch, diffusers' context name (cond, uncond, cond_uncond).
+    """
+
+    grid: VideoGrid
+    step: int
+    num_steps: int
+    branch: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def signature(self) -> tuple:
+        return self.grid, self.num_steps, self.device, self.dtype
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer's mask on one branch, the LSE it was searched with, and the step it was found at."""
+
+    mask: BlockMask
+    lse: Tensor | None  # (B, H, S) float32
+    kept_mass: Tensor | None  # (H,)
+    found_at: int
+
+    def nbytes(self) -> int:
+        return self.mask.nbytes() + (0 if self.lse is None else self.lse.numel() * 4)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One attention call of one layer."""
+
+    branch: str
+    step: int
+    layer: int
+    kind: Kind
+    density: Tensor | None  # (H,), None where dense
+    kept_mass: Tensor | None  # (H,), None where not measured
+    extra_cost: float = 0.0  # search and measurement, as a share of dense attention
+
+
+@dataclass
+class State:
+    """State of one transformer in one run, keyed by branch and layer."""
+
+    call: Call | None = None
+    kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
+    trace: list[Record] = field(default_factory=list)
+    calls: int = 0
+    peak_bytes: int = 0
+    last_step: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, call: Call) -> None:
+        """Publish a call; a new run or another shape, dtype or device drops everything kept."""
+        other = self.call is not None and self.call.signature != call.signature
+        if other or call.step <= self.last_step.get(call.branch, -1) or call.step < self.latest_step:
+            self.drop()
+        if not self.last_step:
+            self.trace, self.calls, self.peak_bytes = [], 0, 0
+        self.call = call
+        self.calls += 1
+        self.last_step[call.branch] = call.step
+
+    @property
+    def latest_step(self) -> int:
+        return max(self.last_step.values(), default=-1)
+
+    def drop(self) -> None:
+        """Free what is kept; the trace stays for the report until the next run begins."""
+        self.kept.clear()
+        self.last_step.clear()
+
+    def keep(self, layer: int, kept: Kept) -> None:
+        assert self.call is not None
+        self.kept[self.call.branch, layer] = kept
+        self.peak_bytes = max(self.peak_bytes, sum(entry.nbytes() for entry in self.kept.values()))
