@@ -3,7 +3,6 @@
 import difflib
 import logging
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from .state import Call, State
 from .step import LayerAttention, register_layer
 
 logger = logging.getLogger(__name__)
+
+_HANDLE = "_dit_sparse_handle"  # attribute of a transformer that runs sparse
 
 
 class UnsupportedPipelineError(TypeError):
@@ -65,7 +66,7 @@ def enable_sparse_attention(
 def disable_sparse_attention(pipe: Any) -> None:
     """Undo `enable_sparse_attention`; does nothing where it is not enabled."""
     for transformer, _ in _transformers(pipe):
-        handle = _HANDLES.get(transformer)
+        handle = vars(transformer).get(_HANDLE)
         if handle is not None:
             handle.disable()
 
@@ -101,7 +102,7 @@ class SparseAttention:
             for transformer, family in transformers
         ]
         for transformer, _ in transformers:
-            _HANDLES[transformer] = self
+            setattr(transformer, _HANDLE, self)
 
     @property
     def enabled(self) -> bool:
@@ -121,8 +122,8 @@ class SparseAttention:
         """Leave the pipeline as it was; does nothing the second time."""
         for installed in self._installed:
             installed.remove()
-            if _HANDLES.get(installed.transformer) is self:
-                del _HANDLES[installed.transformer]
+            if vars(installed.transformer).get(_HANDLE) is self:
+                delattr(installed.transformer, _HANDLE)
 
     def __enter__(self) -> "SparseAttention":
         return self
@@ -206,7 +207,6 @@ class Installation:
         self.state.drop()
 
 
-_HANDLES: WeakKeyDictionary[nn.Module, SparseAttention] = WeakKeyDictionary()
 _ON_DEVICE: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 

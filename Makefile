@@ -1,0 +1,46 @@
+# Every target makes its own environment in .venv; PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A GPU machine takes torch's newest CUDA build, any other a tested version.
+TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed
+	$(BIN)/dit-sparse compare --method adaspa --out demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2
+
+test-all: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+# Type checkers fail on the layout of the checkout, so mypy reads an installed copy.
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build .venv/tree
+	$(PIP) install --quiet --no-deps --target .venv/tree .
+	cd .venv/tree && ../bin/mypy --config-file ../../pyproject.toml -p dit_sparse
+
+clean:
+	rm -rf .venv build demo *.egg-info
+
+.venv/torch: constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH)
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	$(PIP) install --editable .
+	touch $@
+
+.venv/installed-test: .venv/torch pyproject.toml
+	$(PIP) install --editable ".[test]"
+	touch $@ .venv/installed
+
+.venv/installed-dev: .venv/torch pyproject.toml
+	$(PIP) install --editable ".[dev]"
+	touch $@ .venv/installed .venv/installed-test

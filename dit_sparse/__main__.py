@@ -1,0 +1,5 @@
+"""`python -m dit_sparse`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,315 @@
+"""The command line: `dit-sparse generate`, `compare`, `methods`, `doctor`.
+
+torch and diffusers are imported inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .failure import FAILURE, USAGE, told
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+    from .loading import CallArguments
+    from .method_spec import MethodSpec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Training-free sparse attention for video diffusion transformers in diffusers.",
+)
+
+Pipeline = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline", "-p", help="Folder or hub id. [default: the small one that comes along]"
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="NAME or NAME:OPTION=VALUE,... such as adaspa:density=0.1. Repeatable.",
+    ),
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.")]
+PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. [default: 0]")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Frames = Annotated[int | None, typer.Option(help="The pipeline's num_frames.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def compare(
+    pipeline: Pipeline = None,
+    method: Methods = None,
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    seed: Seeds = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("comparison"),
+    device: Device = None,
+    dtype: Dtype = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="TORCH_HOME folder that holds torchvision's weights.")
+    ] = None,
+    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    measure: Annotated[bool, typer.Option(help="Measure the kept mass.")] = True,
+    measure_floor: Annotated[
+        bool, typer.Option("--measure-floor", help="Measure noise floor and chance here.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Dense against sparse, same prompts, seeds and noise: videos, sheets, a table, report.json."""
+    with told(USAGE, debug):
+        from .compare import Comparison
+        from .metrics import Lpips
+
+        lpips = Lpips(lpips_weights, lpips_net)
+        specs = parse_methods(method)
+        given = read_prompts(prompt, prompt_file)
+        pipe, arguments = open_pipeline(
+            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
+        )
+        comparison = Comparison(
+            pipe=pipe,
+            source=pipeline or "samples/wan_tiny (boxed)",
+            arguments=arguments,
+            prompts=given or arguments.prompts[:1],
+            seeds=seed or [0],
+            methods=specs,
+            out=out,
+            lpips=lpips,
+            measure=measure,
+            measure_floor=measure_floor,
+            quiet=quiet,
+        )
+        comparison.prepare()
+    with told(FAILURE, debug, lambda: kept_by(comparison)):
+        report = comparison.run()
+    if as_json:
+        print(json.dumps(report))
+        return
+    show_comparison(report, out)
+
+
+@app.command()
+def generate(
+    pipeline: Pipeline = None,
+    method: Methods = None,
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    seed: Seeds = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("videos"),
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Generate videos with sparse attention; `--method dense` leaves the pipeline alone."""
+    saved: list[dict[str, Any]] = []
+    with told(USAGE, debug):
+        from .generation import check_call, enable, prepare_folder
+        from .method_spec import DENSE
+
+        specs = parse_methods(method, allow_dense=True)
+        given = read_prompts(prompt, prompt_file)
+        pipe, arguments = open_pipeline(
+            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
+        )
+        prompts = given or list(arguments.prompts[:1])
+        if not prompts:
+            raise ValueError("nothing to generate: give --prompt or --prompt-file")
+        check_call(pipe, arguments.call)
+        for spec in specs:
+            if spec.name != DENSE:
+                enable(pipe, spec).disable()
+        folder = prepare_folder(out)
+    with told(FAILURE, debug, lambda: f"{len(saved)} finished videos are in {folder}."):
+        clips = [
+            (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
+            for p, text in enumerate(prompts)
+            for s in seed or [0]
+            for spec in specs
+        ]
+        generate_all(pipe, arguments, clips, folder, quiet, saved)
+    if as_json:
+        print(json.dumps(saved))
+
+
+@app.command("methods")
+def list_methods(as_json: Json = False, debug: Debug = False) -> None:
+    """The sparse methods, what they are, and their options with defaults."""
+    with told(FAILURE, debug):
+        from dataclasses import fields
+
+        from . import available_methods
+
+        rows = [
+            {
+                "method": name,
+                "summary": (config.__doc__ or "").strip().split("\n")[0],
+                "paper": config.paper,
+                "options": {field.name: field.default for field in fields(config)},
+            }
+            for name, config in available_methods().items()
+        ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        options = "  ".join(f"{name}={value}" for name, value in row["options"].items())
+        print(f"{row['method']}: {row['summary']}")
+        print(f"    {options}" + (f"\n    {row['paper']}" if row["paper"] else ""))
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What is installed here, which engines run, and what will be used."""
+    with told(FAILURE, debug):
+        from .doctor import examine
+
+        state = examine()
+    if as_json:
+        print(json.dumps(state))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in state.items():
+        if not isinstance(value, dict):
+            table.add_row(name, str(value))
+            continue
+        for key, text in value.items():
+            table.add_row(f"{name}: {key}", str(text))
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[MethodSpec]":
+    from .method_spec import parse_method
+
+    return [parse_method(text, allow_dense) for text in texts or ["auto"]]
+
+
+def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:
+    """Prompts of the options, then those of the file; blank lines and lines with # are left out."""
+    lines: list[str] = []
+    if path is not None:
+        try:
+            lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ValueError(f"cannot read the prompt file {path}: {reason}") from error
+        lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+        if not lines:
+            raise ValueError(f"the prompt file {path} has no prompts: write one a line")
+    found = [*(prompts or []), *lines]
+    if not all(text.strip() for text in found):
+        raise ValueError("a prompt is empty")
+    return found
+
+
+def call_changes(
+    steps: int | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+) -> dict[str, Any]:
+    """Options by the names that pipelines use."""
+    return {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+    }
+
+
+def open_pipeline(
+    source: str | None, device: str | None, dtype: str | None, changes: dict[str, Any]
+) -> "tuple[Any, CallArguments]":
+    from .loading import call_arguments, choose_device, choose_dtype, load_pipeline
+
+    device = choose_device(device)
+    pipe = load_pipeline(source, device, choose_dtype(dtype, device))
+    return pipe, call_arguments(pipe, source).override(**changes)
+
+
+def generate_all(
+    pipe: Any,
+    arguments: "CallArguments",
+    clips: list[tuple[str, str, int, "MethodSpec"]],
+    folder: Path,
+    quiet: bool,
+    saved: list[dict[str, Any]],
+) -> None:
+    """Generate and save each clip (name, prompt, seed, method); what is done goes into `saved`."""
+    from .generation import generate_clip
+    from .progress import Steps
+    from .video import write_gif, write_mp4
+
+    progress = Steps(len(clips), quiet)
+    for name, prompt, seed, spec in clips:
+        with progress.clip(spec.text, arguments.call.get("num_inference_steps")) as tick:
+            clip = generate_clip(
+                pipe, prompt, seed, arguments.call, spec, measure=False, on_step=tick
+            )
+        path = folder / f"{name}.mp4"
+        write_mp4(path, clip.frames, arguments.fps)
+        write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
+        saved.append({"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds})
+        progress.say(f"{path}: {clip.seconds:.1f} s")
+        if clip.sparse is not None:
+            progress.say(str(clip.sparse))
+
+
+def kept_by(comparison: "Comparison") -> str:
+    count = sum(len(comparison.report.get(part, ())) for part in ("dense", "runs"))
+    return f"{count} finished videos and report.json are in {comparison.out}." if count else ""
+
+
+def show_comparison(report: dict[str, Any], out: Path) -> None:
+    from .table import print_table
+
+    print_table(report, Console())
+    print(f"videos: {out / 'videos'}")
+    for sheet in dict.fromkeys(run["sheet"] for run in report["runs"]):
+        print(f"sheet:  {out / sheet}")
+    print(f"report: {out / 'report.json'}")
+
+
+def main() -> None:
+    # Two tokenizer threads that outlive a fork only print a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(prog_name="dit-sparse")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Failures on the command line: one clear sentence on stderr and an exit code, no traceback."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+# These are raised on purpose with a sentence for the user; any other type is named beside its text.
+OWN_SENTENCES = (ValueError, TypeError, NotImplementedError, RuntimeError, OSError)
+
+
+@contextmanager
+def told(code: int, debug: bool, kept: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an exception of the block into a sentence and `code`; `kept` tells what was finished."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        stop(f"Interrupted. {kept()}", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        stop(f"Error: {sentence(error)} {kept()}", code)
+
+
+def stop(text: str, code: int) -> NoReturn:
+    print(text.strip(), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def sentence(error: Exception) -> str:
+    """What to tell a user about `error`, on one line."""
+    text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return (
+            "out of memory. Use fewer --frames, a smaller --height and --width, "
+            "--dtype bfloat16, or a GPU with more memory."
+        )
+    if not isinstance(error, OWN_SENTENCES) or not text:
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return text if text.endswith((".", ")", "?")) else f"{text}."
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    # By name: this file must not import torch, and the class moved between its releases.
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or "can't allocate memory" in str(error)

@@ -1,0 +1,162 @@
+"""Load a pipeline from a folder or the hub, choose its device, know how it wants to be called."""
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from .metrics import torchvision_problem
+
+BOX = Path("samples") / "wan_tiny"
+CALL_FILE = "dit_sparse.json"
+CALL_ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+# Frames per second that each family was trained on; nothing in a checkpoint says it.
+FAMILY_FPS = {"Wan": 16, "HunyuanVideo": 15, "CogVideoX": 8, "LTX": 24, "Mochi": 30, "SkyReels": 24}
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """How to call a pipeline: keyword arguments, frames per second, prompts, committed figures.
+
+    `noise_floor` and `chance` were measured with exactly these arguments; others void them.
+    """
+
+    call: dict[str, Any]
+    fps: float = 16
+    prompts: tuple[str, ...] = ()
+    noise_floor: dict[str, Any] | None = None
+    chance: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def override(self, **changes: Any) -> "CallArguments":
+        """The same with every change that is not None; figures measured otherwise are dropped."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        call = {**self.call, **changes}
+        if call == self.call:
+            return self
+        return CallArguments(call, self.fps, self.prompts)
+
+
+def boxed_pipeline() -> Path:
+    """Folder of the small trained pipeline that comes along, in a checkout or an installed wheel.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    package = Path(__file__).parent
+    for root in (package, package.parent):
+        if (root / BOX / "model_index.json").is_file():
+            return root / BOX
+    raise FileNotFoundError(
+        f"the small pipeline {BOX} is not in this installation. Name one with --pipeline: "
+        "a folder with model_index.json, or a hub id"
+    )
+
+
+def choose_device(name: str | None = None) -> str:
+    """`name` if it can be used, else "cuda" where there is one, else "cpu".
+
+    Raises:
+        ValueError: a GPU was asked for and is not there, or the name is not a device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be like cpu, cuda or cuda:1, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
+        raise ValueError(f"--device {name}: {build}. Use --device cpu, or install torch for CUDA")
+    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs here")
+    return name
+
+
+def choose_dtype(name: str | None, device: str) -> torch.dtype:
+    """The dtype called `name`; by default bfloat16 on a GPU and float32 on a CPU."""
+    if name is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def load_pipeline(source: str | Path | None, device: str, dtype: torch.dtype) -> Any:
+    """Load a diffusers pipeline and put it on a device.
+
+    Args:
+        source: a folder with model_index.json, a hub id, or None for the boxed pipeline.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id that can be had.
+        RuntimeError: torchvision is broken (transformers imports it).
+    """
+    source = boxed_pipeline() if source is None else source
+    path = Path(source).expanduser()
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{source} is no diffusers pipeline: it has no model_index.json. "
+            "Name the folder that save_pretrained wrote"
+        )
+    pipe = from_pretrained(path if path.exists() else source, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def from_pretrained(source: str | Path, dtype: torch.dtype) -> Any:
+    try:
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        renamed = Version(diffusers.__version__) >= Version("0.42.1")
+        kwargs = {"dtype" if renamed else "torch_dtype": dtype}
+        return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
+    except (ImportError, RuntimeError) as error:
+        # transformers imports torchvision where it is installed, and hides why that failed.
+        if find_spec("torchvision") and (problem := torchvision_problem()):
+            raise RuntimeError(problem) from error
+        raise
+    except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise
+        raise FileNotFoundError(
+            f"no pipeline {str(source)!r}: there is no such folder, and the hub did not give it. "
+            "Check the name and the network"
+        ) from error
+
+
+def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
+    """What `dit_sparse.json` beside the model says; else the pipeline's own defaults."""
+    folder = boxed_pipeline() if source is None else Path(source).expanduser()
+    known = inspect.signature(pipe.__call__).parameters
+    if (folder / CALL_FILE).is_file():
+        stored = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
+        return CallArguments(
+            call={name: stored[name] for name in CALL_ARGUMENTS if name in stored},
+            fps=stored.get("fps", 16),
+            prompts=tuple(stored.get("prompts", ())),
+            noise_floor=stored.get("noise_floor"),
+            chance=stored.get("chance"),
+        )
+    call = {name: known[name].default for name in CALL_ARGUMENTS if name in known}
+    family = [fps for name, fps in FAMILY_FPS.items() if type(pipe).__name__.startswith(name)]
+    return CallArguments(
+        call={name: value for name, value in call.items() if value is not None},
+        fps=family[0] if family else 16,
+    )

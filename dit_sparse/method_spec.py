@@ -1,0 +1,56 @@
+"""A method as typed on the command line: `adaspa`, or `adaspa:density=0.1,order=tile`."""
+
+import ast
+import re
+from dataclasses import dataclass
+from typing import Any
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method's name, its options, and the text that both came from."""
+
+    text: str
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The text as part of a file name."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.text).strip("-")
+
+
+def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
+    """Read `name` or `name:option=value,option=value` and check it against the known methods.
+
+    Raises:
+        ValueError: a name or a value that is not allowed.
+        TypeError: an option that the method does not have.
+    """
+    name, _, rest = text.partition(":")
+    spec = MethodSpec(text, name.strip().lower(), parse_options(rest))
+    if not (allow_dense and spec.name == DENSE):
+        from .api import _config
+
+        _config(spec.name, spec.options)  # now, not after minutes of loading
+    return spec
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    options = {}
+    # A comma inside brackets belongs to a value: search_at=(0.2,0.6).
+    for item in filter(None, re.split(r",(?![^(\[]*[)\]])", text)):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"method options look like density=0.2,order=tile, got {item!r}")
+        options[key.strip()] = parse_value(value.strip())
+    return options
+
+
+def parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)

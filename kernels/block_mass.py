@@ -1,0 +1,227 @@
+"""Exact softmax mass of every (q block, kv block), one Triton kernel.
+
+    mass[n, m] = sum of exp(scale * q[i] . k[j] - lse[i]),   i in q block n, j in kv block m
+
+With the LSE of these very queries and keys a row of `mass` sums to the number of valid tokens in
+its q block. With the LSE of an earlier step it does not, and nothing is clamped.
+
+Launch grid: (q tiles, heads, batch). A program keeps one q tile and walks all keys, so this costs
+a dense score pass without the values. A logical block larger than a tile is summed afterwards.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_sparse_fwd import Tile
+from .dot import (
+    LOG2_E,
+    check_block_size,
+    check_index,
+    check_scale,
+    check_tensors,
+    describe,
+    dot,
+    load_path,
+    load_tile,
+    padded_head_dim,
+)
+
+# (load path, padded head dim) -> tile; a smaller logical block makes a smaller tile.
+TILES = {
+    ("descriptor", 16): Tile(128, 128, 8, 3),
+    ("descriptor", 32): Tile(128, 128, 8, 3),
+    ("descriptor", 64): Tile(128, 128, 8, 3),
+    ("descriptor", 128): Tile(128, 128, 8, 2),
+    ("descriptor", 256): Tile(64, 64, 4, 2),
+    ("pointer", 16): Tile(128, 128, 8, 2),
+    ("pointer", 32): Tile(128, 128, 8, 2),
+    ("pointer", 64): Tile(128, 128, 8, 2),
+    ("pointer", 128): Tile(128, 128, 8, 2),
+    ("pointer", 256): Tile(64, 64, 4, 2),
+    ("float32", 16): Tile(32, 32, 8, 2),
+    ("float32", 32): Tile(32, 32, 8, 2),
+    ("float32", 64): Tile(32, 32, 8, 2),
+    ("float32", 128): Tile(32, 32, 8, 2),
+    ("float32", 256): Tile(16, 32, 8, 1),
+}
+
+
+@triton.jit
+def tile_mass(
+    q,
+    k,
+    k_strides,
+    batch,
+    head,
+    start,
+    kv_len,
+    scale_log2,
+    lse_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k_tile = load_tile(
+        k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
+    )
+    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
+    probs = tl.exp2(tl.fma(scores, scale_log2, -lse_log2[:, None]))
+    if MASKED:
+        kv_valid = start + tl.arange(0, COLUMNS) < kv_len
+        probs = tl.where(kv_valid[None, :], probs, 0.0)
+    return tl.sum(probs)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len"])
+def block_mass_kernel(
+    q,
+    k,
+    lse_ptr,
+    mass_ptr,
+    q_strides,
+    k_strides,
+    lse_strides,
+    mass_strides,
+    q_len,
+    kv_len,
+    scale_log2,
+    log2_e,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    q_tile_index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    q_start = q_tile_index * ROWS
+    q_tile = load_tile(
+        q, q_strides, batch, head, q_start, q_len, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
+    )
+
+    rows = q_start + tl.arange(0, ROWS)
+    lse_row = lse_ptr + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
+    lse = tl.load(lse_row + rows * lse_strides[2], mask=rows < q_len, other=float("inf"))
+    # A row that attended to nothing, or does not exist, has no mass: exp2(x - inf) = 0.
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse) * log2_e  # (ROWS,)
+
+    mass_row = (
+        mass_ptr
+        + batch.to(tl.int64) * mass_strides[0]
+        + head.to(tl.int64) * mass_strides[1]
+        + q_tile_index.to(tl.int64) * mass_strides[2]
+    )
+    full_tiles = kv_len // COLUMNS
+    for tile in tl.range(0, full_tiles):
+        total = tile_mass(
+            q_tile,
+            k,
+            k_strides,
+            batch,
+            head,
+            tile * COLUMNS,
+            kv_len,
+            scale_log2,
+            lse_log2,
+            HEAD_DIM,
+            BLOCK_D,
+            COLUMNS,
+            DESCRIPTORS,
+            MASKED=False,
+        )
+        tl.store(mass_row + tile, total)
+    if kv_len % COLUMNS > 0:
+        total = tile_mass(
+            q_tile,
+            k,
+            k_strides,
+            batch,
+            head,
+            full_tiles * COLUMNS,
+            kv_len,
+            scale_log2,
+            lse_log2,
+            HEAD_DIM,
+            BLOCK_D,
+            COLUMNS,
+            DESCRIPTORS,
+            MASKED=True,
+        )
+        tl.store(mass_row + full_tiles, total)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    block_size: tuple[int, int],
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax mass that the queries of each q block put on each kv block.
+
+    Args:
+        query: `(B, S, H, D)`, bfloat16, float16 or float32, any strides.
+        key: `(B, S_kv, H, D)`.
+        lse: `(B, H, S)` float32, natural log, as attention returns it. It may come from an
+            earlier step; rows of -inf count nothing.
+        block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
+        scale: softmax scale, 1 / sqrt(D) by default.
+
+    Returns:
+        `(B, H, Nq, Nkv)` in float32.
+    """
+    check_tensors(query=query, key=key)
+    check_block_size(block_size)
+    batch, q_len, heads, head_dim = query.shape
+    kv_len = key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    check_scale(scale)
+    check_index("lse", lse, (batch, heads, q_len), (torch.float32,), query.device)
+    lse = lse.expand(batch, heads, q_len)
+    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+
+    path = load_path(query, key)
+    tile = TILES[path, padded_head_dim(head_dim)]
+    block_q, block_kv = block_size
+    rows, columns = min(tile.rows, block_q), min(tile.columns, block_kv)
+    q_blocks, kv_blocks = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
+    q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
+    split_q, split_kv = block_q // rows, block_kv // columns
+    # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
+    ragged = q_tiles != q_blocks * split_q or kv_tiles != kv_blocks * split_kv
+    allocate = torch.zeros if ragged else torch.empty
+    mass = allocate(
+        (batch, heads, q_blocks * split_q, kv_blocks * split_kv),
+        dtype=torch.float32,
+        device=query.device,
+    )
+    descriptors = path == "descriptor"
+    with torch.cuda.device_of(query):
+        block_mass_kernel[(q_tiles, heads, batch)](
+            q=describe(query, rows) if descriptors else query,
+            k=describe(key, columns) if descriptors else key,
+            lse_ptr=lse,
+            mass_ptr=mass,
+            q_strides=query.stride(),
+            k_strides=key.stride(),
+            lse_strides=lse.stride(),
+            mass_strides=mass.stride(),
+            q_len=q_len,
+            kv_len=kv_len,
+            scale_log2=scale * LOG2_E,
+            log2_e=LOG2_E,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            ROWS=rows,
+            COLUMNS=columns,
+            DESCRIPTORS=descriptors,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    if split_q == split_kv == 1:
+        return mass
+    return mass.view(batch, heads, q_blocks, split_q, kv_blocks, split_kv).sum(dim=(3, 5))

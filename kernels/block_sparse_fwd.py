@@ -1,0 +1,329 @@
+"""Attention forward over the kv blocks that each q block lists, one Triton kernel.
+
+    out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],   j in the kept kv blocks of i's q block
+    lse[i] = log sum_j exp(scale * q[i] . k[j])
+
+Launch grid: (q tiles, heads, batch). A program keeps one q tile, walks its list of kv blocks
+with an online softmax and masks only the one kv tile that is cut by the sequence's end. A tile
+may be smaller than a logical block: a listed block of 128 keys runs as two tiles of 64.
+
+Limits: forward only; head dim up to 256; q blocks and kv blocks of 32, 64 or 128 tokens. Indices
+are trusted: reading them back to check would stall the GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dot import (
+    LN_2,
+    LOG2_E,
+    check_block_size,
+    check_index,
+    check_scale,
+    check_tensors,
+    describe,
+    dot,
+    load_path,
+    load_tile,
+    online_softmax,
+    padded_head_dim,
+)
+
+
+class Tile(NamedTuple):
+    """The largest tile a program works on, and how it is compiled."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# (load path, padded head dim) -> tile; a smaller logical block makes a smaller tile.
+TILES = {
+    ("descriptor", 16): Tile(128, 64, 4, 3),
+    ("descriptor", 32): Tile(128, 64, 4, 3),
+    ("descriptor", 64): Tile(128, 64, 4, 3),
+    ("descriptor", 128): Tile(128, 64, 4, 2),
+    ("descriptor", 256): Tile(64, 64, 4, 2),
+    ("pointer", 16): Tile(128, 64, 4, 3),
+    ("pointer", 32): Tile(128, 64, 4, 3),
+    ("pointer", 64): Tile(128, 64, 4, 3),
+    ("pointer", 128): Tile(128, 64, 8, 2),
+    ("pointer", 256): Tile(32, 32, 4, 2),
+    # IEEE float32 runs on the ordinary cores and holds whole operands in registers.
+    ("float32", 16): Tile(32, 32, 8, 2),
+    ("float32", 32): Tile(32, 32, 8, 2),
+    ("float32", 64): Tile(32, 32, 8, 2),
+    ("float32", 128): Tile(32, 32, 8, 2),
+    ("float32", 256): Tile(16, 32, 8, 1),
+}
+
+
+@triton.jit
+def attend_tile(
+    q,
+    k,
+    v,
+    k_strides,
+    v_strides,
+    batch,
+    head,
+    start,
+    kv_len,
+    scale_log2,
+    running_max,
+    running_sum,
+    acc,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k_tile = load_tile(
+        k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
+    )
+    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
+    if MASKED:
+        kv_valid = start + tl.arange(0, COLUMNS) < kv_len
+        # Dead keys must not win the maximum.
+        scores = tl.where(kv_valid[None, :], scores, float("-inf"))
+    probs, rescale, running_max, running_sum = online_softmax(
+        scores, scale_log2, running_max, running_sum
+    )
+    v_tile = load_tile(
+        v, v_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
+    )
+    if MASKED:
+        # Padding may hold NaN, and 0 * NaN is NaN.
+        v_tile = tl.where(kv_valid[:, None], v_tile, 0.0)
+    # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
+    acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
+    return running_max, running_sum, acc
+
+
+@triton.jit(do_not_specialize=["q_len", "max_kv_len"])
+def block_sparse_fwd_kernel(
+    q,
+    k,
+    v,
+    out_ptr,
+    lse_ptr,
+    kv_num_blocks_ptr,
+    kv_indices_ptr,
+    kv_len_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    num_blocks_strides,
+    indices_strides,
+    q_len,
+    max_kv_len,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    q_start = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    q_block = q_start // BLOCK_Q
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_KV // COLUMNS
+
+    kv_len = max_kv_len
+    if kv_len_ptr is not None:
+        kv_len = tl.minimum(tl.load(kv_len_ptr + batch), max_kv_len)
+
+    num_blocks = tl.load(
+        kv_num_blocks_ptr
+        + batch.to(tl.int64) * num_blocks_strides[0]
+        + head.to(tl.int64) * num_blocks_strides[1]
+        + q_block.to(tl.int64) * num_blocks_strides[2]
+    )
+    indices_row = (
+        kv_indices_ptr
+        + batch.to(tl.int64) * indices_strides[0]
+        + head.to(tl.int64) * indices_strides[1]
+        + q_block.to(tl.int64) * indices_strides[2]
+    )
+
+    # Ascending indices: blocks without a valid key, and the one cut by kv_len, end the list.
+    last_start = tl.full((), 0, tl.int32)
+    dropping = num_blocks > 0
+    while dropping:
+        last_index = tl.load(indices_row + (num_blocks - 1) * indices_strides[3])
+        last_start = last_index.to(tl.int32) * BLOCK_KV
+        dropping = last_start >= kv_len
+        if dropping:
+            num_blocks -= 1
+            dropping = num_blocks > 0
+    last_len = tl.minimum(kv_len - last_start, BLOCK_KV)
+    full_tiles = (num_blocks - 1) * TILES_PER_BLOCK + last_len // COLUMNS
+    full_tiles = tl.where(num_blocks > 0, full_tiles, 0)
+
+    q_tile = load_tile(
+        q, q_strides, batch, head, q_start, q_len, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
+    )
+    running_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+
+    for tile in tl.range(0, full_tiles):
+        index = tl.load(indices_row + (tile // TILES_PER_BLOCK) * indices_strides[3])
+        start = index.to(tl.int32) * BLOCK_KV + (tile % TILES_PER_BLOCK) * COLUMNS
+        running_max, running_sum, acc = attend_tile(
+            q_tile,
+            k,
+            v,
+            k_strides,
+            v_strides,
+            batch,
+            head,
+            start,
+            kv_len,
+            scale_log2,
+            running_max,
+            running_sum,
+            acc,
+            HEAD_DIM,
+            BLOCK_D,
+            COLUMNS,
+            DESCRIPTORS,
+            MASKED=False,
+        )
+    if (num_blocks > 0) & (last_len % COLUMNS > 0):
+        running_max, running_sum, acc = attend_tile(
+            q_tile,
+            k,
+            v,
+            k_strides,
+            v_strides,
+            batch,
+            head,
+            last_start + last_len // COLUMNS * COLUMNS,
+            kv_len,
+            scale_log2,
+            running_max,
+            running_sum,
+            acc,
+            HEAD_DIM,
+            BLOCK_D,
+            COLUMNS,
+            DESCRIPTORS,
+            MASKED=True,
+        )
+
+    # A row without kv blocks has sum 0: output 0, LSE -inf.
+    empty = running_sum == 0.0
+    out = acc / tl.where(empty, 1.0, running_sum)[:, None]  # (ROWS, BLOCK_D)
+    lse = (running_max + tl.log2(tl.where(empty, 1.0, running_sum))) * LN_2  # (ROWS,)
+
+    rows = q_start + tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    q_valid = rows < q_len
+    out_base = out_ptr + batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[2]
+    tl.store(
+        out_base + rows.to(tl.int64)[:, None] * out_strides[1] + dims[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=q_valid[:, None] & (dims < HEAD_DIM)[None, :],
+    )
+    lse_row = lse_ptr + (batch.to(tl.int64) * tl.num_programs(1) + head) * q_len
+    tl.store(lse_row + rows, lse, mask=q_valid)
+
+
+def block_sparse_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    block_size: tuple[int, int],
+    scale: float | None = None,
+    kv_len: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` over the listed kv blocks of `key` and `value`.
+
+    Args:
+        query: `(B, S, H, D)`, bfloat16, float16 or float32, any strides.
+        key, value: `(B, S_kv, H, D)`.
+        kv_num_blocks: `(B, H, Nq)` int32, how many kv blocks each q block reads. B and H may be
+            1 to share one list. A row of 0 gives output 0 and LSE -inf.
+        kv_indices: `(B, H, Nq, K)` int16 or int32, which ones, ascending.
+        block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
+        scale: softmax scale, 1 / sqrt(D) by default.
+        kv_len: `(B,)` int32, valid keys per sample; all by default.
+
+    Returns:
+        The output `(B, S, H, D)` in the query's dtype and the natural-log LSE `(B, H, S)` in
+        float32.
+    """
+    check_tensors(query=query, key=key, value=value)
+    check_block_size(block_size)
+    if key.shape != value.shape:
+        raise ValueError(
+            f"value must have the shape of key {tuple(key.shape)}, got {tuple(value.shape)}. "
+            "Cut both to the same tokens."
+        )
+    batch, q_len, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    check_scale(scale)
+    block_q, block_kv = block_size
+    q_blocks = triton.cdiv(q_len, block_q)
+    shape, device = (batch, heads, q_blocks), query.device
+    check_index("kv_num_blocks", kv_num_blocks, shape, (torch.int32,), device)
+    check_index("kv_indices", kv_indices, (*shape, None), (torch.int16, torch.int32), device)
+    if kv_len is not None:
+        check_index("kv_len", kv_len, (batch,), (torch.int32,), device)
+        kv_len = kv_len.contiguous()
+
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    kv_num_blocks = kv_num_blocks.expand(shape)
+    kv_indices = kv_indices.expand(*shape, -1)
+    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
+
+    path = load_path(query, key, value)
+    tile = TILES[path, padded_head_dim(head_dim)]
+    rows, columns = min(tile.rows, block_q), min(tile.columns, block_kv)
+    descriptors = path == "descriptor"
+    with torch.cuda.device_of(query):
+        block_sparse_fwd_kernel[(triton.cdiv(q_len, rows), heads, batch)](
+            q=describe(query, rows) if descriptors else query,
+            k=describe(key, columns) if descriptors else key,
+            v=describe(value, columns) if descriptors else value,
+            out_ptr=out,
+            lse_ptr=lse,
+            kv_num_blocks_ptr=kv_num_blocks,
+            kv_indices_ptr=kv_indices,
+            kv_len_ptr=kv_len,
+            q_strides=query.stride(),
+            k_strides=key.stride(),
+            v_strides=value.stride(),
+            out_strides=out.stride(),
+            num_blocks_strides=kv_num_blocks.stride(),
+            indices_strides=kv_indices.stride(),
+            q_len=q_len,
+            max_kv_len=key.shape[1],
+            scale_log2=scale * LOG2_E,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_Q=block_q,
+            BLOCK_KV=block_kv,
+            ROWS=rows,
+            COLUMNS=columns,
+            DESCRIPTORS=descriptors,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out, lse

@@ -1,0 +1,278 @@
+"""Check that generated clips show what their prompts say.
+
+    python samples/prompt_check.py --pipeline samples/wan_tiny --out report.json
+
+A small network, trained on drawn clips, names colour, shape and direction of the main object.
+A third of the test prompts combine them in ways that no training clip showed.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import clips
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ATTRIBUTES = ("colour", "shape", "direction")
+SIZES = (len(clips.COLOURS), len(clips.SHAPES), len(clips.DIRECTIONS))
+
+
+class Stage(nn.Module):
+    """Look around within the frame, then one frame back and ahead."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.space = nn.Conv3d(
+            inputs, width, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1)
+        )
+        self.norm = nn.GroupNorm(8, width)
+        self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.space(x)))
+        return x + F.silu(self.time(x))
+
+
+class Checker(nn.Module):
+    """Video (B, T, 3, H, W) in [-1, 1] to logits of colour, shape and direction.
+
+    Four attention maps find the object in each frame; what they see and where they look, over
+    time, gives the answer.
+    """
+
+    def __init__(self, width=64, maps=4, seen=16):
+        super().__init__()
+        self.stages = nn.Sequential(
+            Stage(3, 24, 2), Stage(24, 40, 2), Stage(40, 56, 2), Stage(56, width, 1)
+        )
+        self.look = nn.Conv3d(width, maps, 1)
+        self.see = nn.Conv3d(width, seen, 1)
+        self.motion = nn.Sequential(
+            nn.Conv1d(maps * (seen + 2) + width, 64, 3, padding=1), nn.SiLU(),
+            nn.Conv1d(64, 64, 3, padding=1), nn.SiLU(),
+        )  # fmt: skip
+        self.heads = nn.Linear(64, sum(SIZES))
+
+    def forward(self, video):
+        count, frames = video.shape[:2]
+        x = F.adaptive_avg_pool2d(video.flatten(0, 1), 64)
+        x = self.stages(x.unflatten(0, (count, frames)).transpose(1, 2)).float()  # (B, C, T, 8, 8)
+        place = torch.linspace(-2, 2, 8, device=x.device)
+        place = torch.stack(torch.meshgrid(place, place, indexing="ij")).flatten(1)  # (2, 64)
+        look = self.look(x).float().flatten(3).softmax(-1)  # (B, K, T, 64)
+        see = self.see(x).float().flatten(3)  # (B, S, T, 64)
+        features = torch.cat([
+            torch.einsum("bktp,bstp->bkst", look, see).flatten(1, 2),
+            torch.einsum("bktp,sp->bkst", look, place).flatten(1, 2),
+            x.amax((-2, -1)),
+        ], 1)  # fmt: skip
+        return self.heads(self.motion(features).mean(-1)).split(SIZES, dim=1)
+
+
+def predict(checker, video, batch=32):
+    """Labels (B, 3) on the CPU."""
+    device = next(checker.parameters()).device
+    with torch.no_grad():
+        logits = [checker(part.to(device).float()) for part in video.split(batch)]
+    return torch.cat([torch.stack([x.argmax(1) for x in part], 1) for part in logits]).cpu()
+
+
+def accuracy(found, wanted):
+    if not len(found):
+        return None
+    right = (found == wanted).float().mean(0).tolist()
+    return {name: round(value, 4) for name, value in zip(ATTRIBUTES, right)}
+
+
+# ----------------------------------------------------------------------------- the network itself
+
+
+def draw_single(count, frames, size, generator, device):
+    """Clips of one object, all combinations, held out or not."""
+    return clips.draw_clips(
+        count, frames, size, size, generator, device, table=clips.triples(), second=0, pillar=0
+    )
+
+
+def degrade(video):
+    """A little noise, blur and darkness: generated clips are not as clean as drawn ones."""
+    count, device = len(video), video.device
+    blurred = F.avg_pool2d(video.flatten(0, 1), 5, 1, 2, count_include_pad=False)
+    blurred = blurred.unflatten(0, video.shape[:2])
+    weight, level, gain = torch.rand(3, count, 1, 1, 1, 1, device=device)
+    video = torch.lerp(video, blurred, weight * 0.8) + 0.12 * level * torch.randn_like(video)
+    return video * (0.85 + 0.2 * gain)
+
+
+@torch.no_grad()
+def round_trip(vae, video):
+    """Through the autoencoder and back, with noise on the latents."""
+    from train_models import decode_frames, encode_frames, latent_statistics, per_frame
+
+    with per_frame(vae), torch.autocast(video.device.type, torch.bfloat16, video.is_cuda):
+        mean = encode_frames(vae, video.flatten(0, 1))[0]
+        mean = mean + 0.15 * latent_statistics(vae)[1] * torch.randn_like(mean)
+        return decode_frames(vae, mean).clamp(-1, 1).unflatten(0, video.shape[:2])
+
+
+def train_checker(path, vae, seconds, frames=17, size=128, batch=64, log=print):
+    """Train on drawn clips for a while and write the weights in 16 bits."""
+    torch.manual_seed(7)
+    device, generator = vae.device, torch.Generator().manual_seed(7)
+    checker = Checker().to(device)
+    optimizer = torch.optim.AdamW(checker.parameters(), 3e-3, weight_decay=0.01)
+    start, step, elapsed = time.monotonic(), 0, 0.0
+    while elapsed < seconds:
+        video, _, labels = draw_single(batch, frames, size, generator, device)
+        video = round_trip(vae, video) if step % 2 else video
+        for _ in range(2):
+            progress = min(elapsed / seconds, 1.0)
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 30) * (1.02 - progress)
+            with torch.autocast(device.type, torch.bfloat16, video.is_cuda):
+                logits = checker(degrade(video))
+            loss = sum(
+                F.cross_entropy(x.float(), y) for x, y in zip(logits, labels.to(device).unbind(1))
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(checker.parameters(), 1.0)
+            optimizer.step()
+        step += 1
+        if step % 50 == 0:
+            log(step=step, loss=loss.item())
+        elapsed = time.monotonic() - start
+    save_file({k: v.half().contiguous() for k, v in checker.state_dict().items()}, path)
+    checker = load_checker(path, device)
+    log(step=step, accuracy=score_drawn(checker, frames, size, batch, device))
+
+
+def load_checker(path, device="cpu"):
+    checker = Checker()
+    checker.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return checker.to(device).eval()
+
+
+def score_drawn(checker, frames=17, size=128, count=64, device="cpu", batches=8):
+    """Accuracy on fresh drawn clips, which bounds every other figure."""
+    generator = torch.Generator().manual_seed(99)
+    drawn = [draw_single(count, frames, size, generator, device) for _ in range(batches)]
+    found = torch.cat([predict(checker, video) for video, _, _ in drawn])
+    return accuracy(found, torch.cat([labels for _, _, labels in drawn]))
+
+
+# ------------------------------------------------------------------------------------- the check
+
+
+def make_test_prompts(count=50, seed=5):
+    """Prompts, labels (N, 3) and flags: the first third is held out of training."""
+    rng = random.Random(seed)
+    held = clips.holdout().tolist()
+    seen = clips.triples()[len(held) :].tolist()
+    third = (count + 2) // 3
+    labels = rng.sample(held, third) + rng.sample(seen, count - third)
+    prompts = [write_prompt(*label, rng) for label in labels]
+    return prompts, torch.tensor(labels), torch.arange(count) < third
+
+
+def write_prompt(colour, shape, direction, rng):
+    thing = f"{list(clips.COLOURS)[colour]} {clips.SHAPES[shape]}"
+    way = clips.DIRECTIONS[direction]
+    article = "an" if thing[0] == "o" else "a"
+    text = f"{article} {thing} {'standing' if way == 'still' else 'moving'} {way}"
+    if way != "still":
+        text += rng.choice(("", "", " slowly", " quickly"))
+    if rng.random() < 0.5:
+        text += f" over a {rng.choice(list(clips.BACKGROUNDS))} background"
+    if rng.random() < 0.25:
+        text += f", the camera {rng.choice(clips.CAMERAS[1:])}"
+    return text
+
+
+def generate(pipe, prompts, seeds, call, batch=25):
+    """Videos (N, T, 3, H, W) in [-1, 1] on the CPU."""
+    videos = []
+    for i in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
+        result = pipe(prompts[i : i + batch], generator=generators, output_type="pt", **call)
+        videos.append(result.frames.float().cpu() * 2 - 1)
+    return torch.cat(videos)
+
+
+def psnr(a, b):
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3, 4)))
+
+
+def check_pipeline(pipe, checker, call, count=50):
+    """Report of one pipeline, and its clips."""
+    prompts, labels, held = make_test_prompts(count)
+    first, second = (
+        generate(pipe, prompts, [base + i for i in range(count)], call) for base in (1000, 2000)
+    )
+    found = predict(checker, first)
+    shuffled = [accuracy(found, labels.roll(k, 0)) for k in range(1, count)]
+    chance = {a: sum(x[a] for x in shuffled) / len(shuffled) for a in ATTRIBUTES}
+    both = torch.cat([found, predict(checker, second)])
+    report = {
+        "prompts": count,
+        "accuracy": accuracy(found, labels),
+        "accuracy_held_out": accuracy(found[held], labels[held]),
+        "accuracy_two_seeds": accuracy(both, labels.repeat(2, 1)),
+        "accuracy_shuffled_prompts": {k: round(v, 4) for k, v in chance.items()},
+        "checker_on_drawn_clips": score_drawn(
+            checker, *first.shape[1:4:2], device=next(checker.parameters()).device
+        ),
+        "psnr_between_seeds": round(psnr(first, second).mean().item(), 2),
+        "clips": [
+            {"prompt": p, "held_out": bool(h), "found": name(f), "right": (f == w).tolist()}
+            for p, h, f, w in zip(prompts, held, found, labels)
+        ],
+    }
+    return report, first
+
+
+def name(label):
+    words = list(clips.COLOURS), clips.SHAPES, clips.DIRECTIONS
+    return " ".join(names[i] for names, i in zip(words, label.tolist()))
+
+
+def contact_sheet(video, path, rows=20, columns=8):
+    """One clip a row, frames from left to right."""
+    from PIL import Image
+
+    frames = torch.linspace(0, video.shape[1] - 1, columns).long()
+    sheet = video[:rows, frames].permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()).save(path)
+
+
+def main():
+    add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
+    add("--pipeline", type=Path, default=Path("samples/wan_tiny"))
+    add("--checker", type=Path, default=Path("samples/prompt_checker.safetensors"))
+    add("--prompts", type=int, default=50)
+    add("--steps", type=int, help="default: what the pipeline's dit_sparse.json says")
+    add("--out", type=Path, default=Path("prompt_check.json"))
+    add("--sheet", type=Path, help="contact sheet; default: beside the report")
+    args = parser.parse_args()
+
+    from diffusers import WanPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"]
+    if args.steps:
+        call["num_inference_steps"] = args.steps
+    pipe = WanPipeline.from_pretrained(args.pipeline).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    contact_sheet(video, args.sheet or args.out.with_suffix(".png"))
+    print(json.dumps({k: v for k, v in report.items() if k != "clips"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Train a tiny text-to-video Wan pipeline from scratch on drawn clips, on one GPU.
+
+    python samples/train_wan.py --stage vae,checker,transformer,save --seconds 540
+    python samples/train_wan.py --stage transformer,save --seconds 500 --final
+
+Stages: a per-frame autoencoder, the network that checks prompts, the video transformer with its
+text encoder, and the pipeline folder.  Each leaves a checkpoint in --work and goes on from it.
+`--final` lets the learning rate reach its end within this call.  `--smoke` runs it all in little.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import prompt_check
+import torch
+import train_models as parts
+from diffusers import WanPipeline
+from train_common import load_vae, record
+from train_transformer import train_transformer
+from train_vae import train_vae
+
+
+def parse_arguments():
+    add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
+    add("--stage", default="all", help="comma-separated: vae, checker, transformer, save; or all")
+    add("--out", type=Path, default=Path("samples/wan_tiny"))
+    add("--checker", type=Path, default=Path("samples/prompt_checker.safetensors"))
+    add("--work", type=Path, default=Path("work/wan_tiny"), help="checkpoints")
+    add("--seconds", type=float, default=540, help="wall-clock budget of this call")
+    add("--vae-seconds", type=float, default=110)
+    add("--checker-seconds", type=float, default=60)
+    add("--encode-seconds", type=float, default=30)
+    add("--total-seconds", type=float, default=720, help="transformer training over all calls")
+    add("--final", action="store_true", help="finish the learning-rate schedule in this call")
+    add("--clips", type=int, default=32768, help="clips of 17 frames of 128 x 128 held encoded")
+    add("--large-clips", type=int, default=768, help="clips of 33 frames of 256 x 256")
+    add("--batch", type=int, default=32)
+    add("--lr", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="seconds on a CPU: tiny sizes, a few iterations")
+    args = parser.parse_args()
+    if args.stage == "all":
+        args.stage = "vae,checker,transformer,save"
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.frames, args.size, args.layers, args.chunk = 17, 128, 6, 64
+    args.large_frames, args.large_size, args.large_batch = 33, 256, 2
+    if args.smoke:
+        args.frames, args.size, args.layers, args.chunk = 3, 32, 2, 4
+        args.large_frames, args.large_size, args.large_batch = 5, 64, 1
+        args.clips, args.large_clips, args.batch = 8, 2, 2
+        args.vae_seconds = args.checker_seconds = args.encode_seconds = 3
+        args.total_seconds = 6
+    return args
+
+
+def train_checker(args):
+    prompt_check.train_checker(
+        args.checker, load_vae(args), args.checker_seconds, args.frames, args.size,
+        batch=args.chunk, log=lambda **values: record(args, stage="checker", **values),
+    )  # fmt: skip
+
+
+def save(args):
+    tokenizer = parts.build_tokenizer()
+    state = torch.load(args.work / "transformer.pt", map_location="cpu")["average"]
+    models = {
+        "transformer": parts.build_transformer(args.layers),
+        "text_encoder": parts.build_text_encoder(len(tokenizer)),
+    }
+    torch.nn.ModuleDict(models).load_state_dict(state)
+    args.device = "cpu"
+    parts.save_pipeline(args.out, load_vae(args), **models)
+    draw_curve(args)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    record(args, stage="save", megabytes=size / 1e6)
+    if args.smoke:
+        pipe = WanPipeline.from_pretrained(args.out)
+        call = {**parts.CALL, "height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2}
+        video = pipe(parts.PROMPTS[0], output_type="pt", **call).frames  # (1, 3, 3, 32, 32)
+        record(args, stage="smoke", shape=list(video.shape), finite=bool(video.isfinite().all()))
+
+
+def draw_curve(args):
+    """Loss against updates, as a picture beside the log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    text = Path(f"{args.out}_training.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    points = [(x["step"], x["loss"]) for x in lines if x["stage"] == "transformer"]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    if points:
+        axes.plot(*zip(*points), linewidth=0.8)
+        axes.set_yscale("log")
+    axes.set(xlabel="update", ylabel="flow-matching loss", title="Training of the tiny Wan model")
+    axes.grid(alpha=0.3)
+    figure.savefig(f"{args.out}_training.png", dpi=120)
+
+
+def main():
+    args = parse_arguments()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    for folder in (args.work, args.out.parent, args.checker.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for stage in args.stage.split(","):
+        done = {"vae": args.work / "vae.pt", "checker": args.checker}.get(stage)
+        if not (done and done.exists()):
+            {"vae": train_vae, "checker": train_checker, "transformer": train_transformer,
+             "save": save}[stage](args)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

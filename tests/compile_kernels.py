@@ -1,0 +1,110 @@
+"""Compile the kernels as the launchers call them, for a GPU that is not here.
+
+    python tests/compile_kernels.py sm_90 [--all]
+
+A stand-in driver names the target and every launch stops after compilation. Prints one line of
+JSON a kernel: shared memory in bytes and counts of instructions.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
+from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
+from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+
+class Driver:
+    """The four questions that triton asks before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def launches(everything: bool):
+    """(name, call) of each configuration; the ones users meet first unless `everything`."""
+    head_dims = (32, 64, 128, 256) if everything else (128,)
+    dtypes = (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,)
+    sizes = ((128, 128), (128, 64), (64, 64), (32, 32)) if everything else ((128, 128), (64, 64))
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            x = torch.zeros(1, 512, 2, head_dim, dtype=dtype)
+            lse = torch.zeros(1, 2, 512)
+            # A float32 tile is smaller than any block: one size shows them all.
+            for size in sizes if dtype != torch.float32 else sizes[:1]:
+                counts = torch.zeros(1, 2, 512 // size[0], dtype=torch.int32)
+                indices = torch.zeros(1, 2, 512 // size[0], 8, dtype=torch.int16)
+                name = f"d{head_dim} {dtype} {size}"
+                yield (
+                    f"fwd {name}",
+                    lambda x=x, c=counts, i=indices, s=size: block_sparse_fwd(
+                        x, x, x, c, i, block_size=s
+                    ),
+                )
+                yield (
+                    f"mass {name}",
+                    lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
+                )
+            yield f"pool {name}", lambda x=x: block_pool(x, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", help="sm_80, sm_90, sm_100 or gfx942")
+    parser.add_argument("--all", action="store_true", help="float32 and all head dims and blocks")
+    arguments = parser.parse_args()
+
+    if arguments.target.startswith("sm_"):
+        target = GPUTarget("cuda", int(arguments.target[3:]), 32)
+    else:
+        target = GPUTarget("hip", arguments.target, 64)
+    driver.set_active(Driver(target))
+    dot.check_device = lambda name, x: None
+    dot.has_fast_descriptors = lambda device: target.arch in (90, 100)
+
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    for name, call in launches(arguments.all):
+        compiled.clear()
+        call()
+        (kernel,) = compiled
+        ptx = kernel.asm.get("ptx", "")
+        record = {
+            "kernel": name,
+            "shared": kernel.metadata.shared,
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "tma": ptx.count("cp.async.bulk.tensor"),
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What the kernels must compute: inputs, a slow float64 oracle, and the tolerance rule.
+
+Used by the tests and by `benchmarks/kernel_check.py`, so it needs torch and triton only. The
+oracle expands the block lists to a mask over tokens and knows nothing of the kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from dit_sparse.kernels.block_mass import block_mass
+from dit_sparse.kernels.block_pool import block_pool
+from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `kept` is "all", "one", "some", "none" (some rows empty) or "last"."""
+
+    name: str
+    head_dim: int = 64
+    dtype: torch.dtype = BF16
+    q_len: int = 140
+    kv_len: int = 140
+    block_size: tuple[int, int] = (64, 64)
+    kept: str = "some"
+    batch: int = 1
+    heads: int = 2
+    sample_lens: tuple[int, ...] | None = None
+    shared: bool = False
+    layout: str = "plain"
+    index_dtype: torch.dtype = torch.int16
+    scale: float | None = None
+
+
+CASES = [
+    Case("d32-bf16", head_dim=32),
+    Case("d64-bf16"),
+    Case("d128-bf16", head_dim=128),
+    Case("d32-fp16", head_dim=32, dtype=FP16),
+    Case("d64-fp16", dtype=FP16, block_size=(128, 64)),
+    Case("d128-fp16", head_dim=128, dtype=FP16, block_size=(128, 64)),
+    Case("d32-fp32", head_dim=32, dtype=FP32),
+    Case("d64-fp32", dtype=FP32),
+    Case("d128-fp32", head_dim=128, dtype=FP32, q_len=100, kv_len=130, block_size=(128, 128)),
+    Case("d40-bf16", head_dim=40),
+    Case("d96-bf16", head_dim=96),
+    Case("d256-bf16", head_dim=256, q_len=130, kv_len=130),
+    Case("d8-fp16", head_dim=8, dtype=FP16),
+    Case("d33-bf16-unaligned", head_dim=33),
+    Case("d80-fp32", head_dim=80, dtype=FP32, q_len=70, kv_len=70),
+    Case("block-128-128", block_size=(128, 128), q_len=300, kv_len=300, head_dim=128),
+    Case("block-32-32", block_size=(32, 32), q_len=131, kv_len=131),
+    Case("block-64-128", block_size=(64, 128), q_len=300, kv_len=300),
+    Case("no-partial-block", q_len=256, kv_len=256, block_size=(128, 128)),
+    Case("shorter-than-a-block", q_len=5, kv_len=7, block_size=(128, 128)),
+    Case("one-token-over", q_len=129, kv_len=257, block_size=(128, 128), kept="all"),
+    Case("cross", q_len=100, kv_len=333, index_dtype=torch.int32),
+    Case("one-block-kept", kept="one"),
+    Case("all-kept", kept="all", block_size=(128, 64)),
+    Case("only-the-last-block", kept="last", block_size=(128, 128)),
+    Case("some-rows-empty", kept="none", batch=2),
+    Case("kv-len-per-sample", batch=4, sample_lens=(140, 128, 1, 0), kept="all"),
+    Case(
+        "kv-len-inside-big-blocks",
+        batch=2,
+        sample_lens=(64, 290),
+        kv_len=300,
+        block_size=(128, 128),
+        head_dim=128,
+    ),
+    Case("kv-len-shared-lists", batch=3, sample_lens=(130, 64, 65), shared=True),
+    Case("shared-lists", batch=2, shared=True),
+    Case("transposed", layout="transposed", batch=2),
+    Case("sliced", layout="sliced", batch=2),
+    Case("last-axis-strided", layout="last-axis"),
+    Case("sharp-scale", scale=1.0, dtype=FP16),
+]
+
+
+def draw(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Query, key, value in the case's layout, the kept blocks (bool), and `kv_len`."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(seqlen: int) -> Tensor:
+        b, h, d = case.batch, case.heads, case.head_dim
+        x = torch.randn(b, seqlen, h, d, generator=generator).to(device, case.dtype)
+        if case.layout == "transposed":  # stored as (B, H, S, D)
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if case.layout == "sliced":  # one of three in a fused projection, from token 3 on
+            fused = torch.full((b, seqlen + 3, 3, h, d), float("nan"), device=device).to(x)
+            fused[:, 3:, 1] = x
+            return fused[:, 3:, 1]
+        if case.layout == "last-axis":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        return x
+
+    query, key, value = tensor(case.q_len), tensor(case.kv_len), tensor(case.kv_len)
+    block_q, block_kv = case.block_size
+    leading = (1, 1) if case.shared else (case.batch, case.heads)
+    shape = (*leading, -(-case.q_len // block_q), -(-case.kv_len // block_kv))
+    chance = torch.rand(shape, generator=generator)
+    if case.kept == "all":
+        blocks = torch.ones(shape, dtype=torch.bool)
+    elif case.kept == "one":
+        blocks = chance == chance.amax(-1, keepdim=True)
+    elif case.kept == "last":
+        blocks = torch.arange(shape[-1]).expand(shape) == shape[-1] - 1
+    else:
+        blocks = (chance < 0.5) | (chance == chance.amax(-1, keepdim=True))
+        if case.kept == "none":
+            blocks[:, 0, 0] = blocks[0, -1] = False
+    kv_len = None
+    if case.sample_lens is not None:
+        kv_len = torch.tensor(case.sample_lens, dtype=torch.int32, device=device)
+    return query, key, value, blocks.to(device), kv_len
+
+
+def to_lists(blocks: Tensor, index_dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+    """`kv_num_blocks (B, H, Nq)` and ascending `kv_indices (B, H, Nq, K)` of a bool block mask."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    order = torch.argsort((~blocks).to(torch.uint8), dim=-1, stable=True)
+    return counts, order[..., : int(counts.max())].to(index_dtype)
+
+
+def token_mask(case: Case, blocks: Tensor, kv_len: Tensor | None) -> Tensor:
+    """The mask over tokens `(B, H, S, S_kv)` that the block lists and `kv_len` stand for."""
+    block_q, block_kv = case.block_size
+    mask = blocks.repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
+    mask = mask[:, :, : case.q_len, : case.kv_len]
+    mask = mask.expand(case.batch, case.heads, -1, -1).clone()
+    if kv_len is not None:
+        for sample, length in enumerate(kv_len.tolist()):
+            mask[sample, :, :, length:] = False
+    return mask
+
+
+def oracle(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Masked attention and LSE in float64, one head at a time."""
+    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.full(mask.shape[:3], float("-inf"), dtype=torch.float64, device=query.device)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            scores = query[b, :, h].double() @ key[b, :, h].double().T * scale
+            scores = scores.masked_fill(~mask[b, h], float("-inf"))
+            lse[b, h] = scores.logsumexp(-1)
+            weights = torch.nan_to_num((scores - lse[b, h][:, None]).exp(), nan=0.0)
+            out[b, :, h] = weights @ value[b, :, h].double()
+    return out, lse
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> float:
+    """The spacing of `dtype` at the largest magnitude in `x`."""
+    largest = x.abs().max().clamp(min=torch.finfo(dtype).tiny)
+    return torch.finfo(dtype).eps * 2.0 ** float(largest.log2().floor())
+
+
+def max_error(got: Tensor, want: Tensor) -> float:
+    """Largest absolute difference; equal infinities differ by nothing."""
+    return torch.where(got.double() == want, 0.0, (got.double() - want).abs()).max().item()
+
+
+def check_attention(case: Case, device: str) -> dict[str, float]:
+    """Run the kernel on `case`; raise AssertionError unless it is within the rule.
+
+    Output: error <= 2x that of torch's math attention in the same dtype + 2 ulp.
+    LSE: error <= 2x that of logsumexp of the low-precision product + 1e-5.
+    """
+    query, key, value, blocks, kv_len = draw(case, device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    mask = token_mask(case, blocks, kv_len)
+    want, want_lse = oracle(query, key, value, mask, scale)
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    with sdpa_kernel(SDPBackend.MATH):
+        math = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    math = math.nan_to_num(nan=0.0).transpose(1, 2)  # rows without a key
+    product = (q @ k.transpose(2, 3)).float() * scale
+    product_lse = product.masked_fill(~mask, float("-inf")).logsumexp(-1)
+
+    if kv_len is not None:  # what lies behind a sample's end must not matter
+        for sample, length in enumerate(kv_len.tolist()):
+            key[sample, length:] = value[sample, length:] = float("nan")
+    counts, indices = to_lists(blocks, case.index_dtype)
+    out, lse = block_sparse_fwd(
+        query,
+        key,
+        value,
+        counts,
+        indices,
+        block_size=case.block_size,
+        scale=case.scale,
+        kv_len=kv_len,
+    )
+    assert out.shape == query.shape and out.dtype == query.dtype
+    assert lse.shape == mask.shape[:3] and lse.dtype == torch.float32
+    errors = {
+        "out": max_error(out, want),
+        "out_limit": 2 * max_error(math, want) + 2 * ulp(want, case.dtype),
+        "lse": max_error(lse, want_lse),
+        "lse_limit": 2 * max_error(product_lse, want_lse) + 1e-5,
+    }
+    # A NaN fails both comparisons.
+    assert errors["out"] <= errors["out_limit"], f"{case.name}: output {errors}"
+    assert errors["lse"] <= errors["lse_limit"], f"{case.name}: LSE {errors}"
+    assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{case.name}: empty rows are not 0"
+    return errors
+
+
+def check_mass(case: Case, device: str) -> dict[str, float]:
+    """Run `block_mass` on `case` with the exact and with a stale LSE.
+
+    The limit is that of the float64 mass from the low-precision product, twice, + 1e-5 of a block.
+    """
+    query, key, _, _, _ = draw(case, device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    block_q, block_kv = case.block_size
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    exact = q.double() @ k.double().transpose(2, 3) * scale
+    product = (q @ k.transpose(2, 3)).double() * scale
+    lse = exact.logsumexp(-1)
+
+    def fold(scores: Tensor, lse: Tensor) -> Tensor:
+        weights = (scores - lse[..., None]).exp()
+        rows = [part.sum(2) for part in weights.split(block_q, 2)]
+        return torch.stack(
+            [torch.stack([part.sum(-1) for part in r.split(block_kv, -1)], -1) for r in rows], 2
+        )
+
+    errors = {}
+    for name, given in (("exact", lse), ("stale", lse + torch.randn_like(lse))):
+        given = given.float()
+        given[:, 0, 0] = float("-inf") if name == "stale" else given[:, 0, 0]
+        used = given.double().masked_fill(given == float("-inf"), float("inf"))
+        want = fold(exact, used)
+        mass = block_mass(query, key, given, block_size=case.block_size, scale=case.scale)
+        assert mass.shape == want.shape and mass.dtype == torch.float32
+        errors[name] = max_error(mass, want)
+        limit = 2 * max_error(fold(product, used), want) + 1e-5 * block_q
+        assert errors[name] <= limit, f"{case.name}: {name} mass {errors[name]} > {limit}"
+        if name == "exact":
+            valid = [min(block_q, case.q_len - start) for start in range(0, case.q_len, block_q)]
+            rows = torch.tensor(valid, dtype=torch.float32, device=device).expand(mass.shape[:3])
+            torch.testing.assert_close(mass.sum(-1), rows, rtol=1e-4, atol=1e-4)
+    return errors
+
+
+def check_pool(case: Case, device: str) -> dict[str, float]:
+    """Run `block_pool` on the query of `case` against float64 means."""
+    query, block_q = draw(case, device)[0], case.block_size[0]
+    want = torch.stack([part.double().mean(1) for part in query.split(block_q, 1)], 2)
+    pooled = block_pool(query, block_q)
+    assert pooled.shape == want.shape and pooled.dtype == torch.float32
+    error = max_error(pooled, want)
+    assert error <= 1e-6, f"{case.name}: pooled {error}"
+    return {"pool": error}

@@ -1,0 +1,55 @@
+"""BlockMask: packing, indices, density, and what other libraries make of it."""
+
+import pytest
+import torch
+
+from dit_sparse import BlockMask
+
+
+def random_mask(q_blocks, kv_blocks, density=0.4):
+    mask = torch.rand(2, 3, q_blocks, kv_blocks) < density
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("q_len,kv_len", [(300, 300), (64, 1), (65, 513), (640, 640)])
+def test_packing_keeps_the_mask(q_len, kv_len):
+    mask = random_mask(-(-q_len // 64), -(-kv_len // 64))
+    packed = BlockMask.from_dense(mask, q_len, kv_len)
+    assert packed.to_dense().equal(mask)
+    assert packed.bits.dtype == torch.uint8
+    assert packed.nbytes() == mask[..., 0].numel() * -(-mask.shape[-1] // 8)
+
+
+def test_indices_list_the_kept_blocks_in_order():
+    mask = random_mask(5, 9)
+    mask[0, 0, 1] = False
+    packed = BlockMask.from_dense(mask, 300, 520)
+    counts, indices = packed.indices()
+    assert indices.dtype == torch.int16 and indices.shape[-1] == mask.sum(-1).max()
+    for row in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
+        kept = mask[tuple(row)].nonzero().flatten()
+        assert indices[tuple(row)][: counts[tuple(row)]].tolist() == kept.tolist()
+
+
+def test_density_counts_valid_tokens_only():
+    mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    mask[0, 0, 0, 0] = mask[0, 0, 1, 1] = True
+    packed = BlockMask.from_dense(mask, 80, 80)  # blocks of 64 and 16
+    assert packed.density.item() == pytest.approx((64 * 64 + 16 * 16) / 80**2)
+
+
+def test_full_keeps_everything():
+    full = BlockMask.full(100, 200)
+    assert full.density.item() == 1 and full.to_dense().all()
+
+
+def test_flex_mask_attends_the_same_blocks():
+    mask = random_mask(5, 5)
+    flex = BlockMask.from_dense(mask, 320, 320).to_flex()
+    assert flex.to_dense().bool().equal(mask)
+
+
+def test_wrong_shape_says_what_was_expected():
+    with pytest.raises(ValueError, match=r"\(B, H, 5, 5\)"):
+        BlockMask.from_dense(torch.ones(1, 1, 4, 5, dtype=torch.bool), 300, 300)

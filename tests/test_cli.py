@@ -1,0 +1,199 @@
+"""The command line: what works, and one clear sentence with an exit code for what cannot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from dit_sparse import failure, generation
+from dit_sparse.cli import app
+from dit_sparse.method_spec import parse_method
+
+SMALL = "adaspa:density=0.5,block_size=32"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(code: int, *arguments: str) -> str:
+    """Run, expect `code` and one line on stderr; return it."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_compare_prints_a_table_and_writes_its_folder(tmp_path):
+    arguments = ["-p", tiny_folder(), "-m", SMALL, "-m", "random:block_size=32", "-o", tmp_path]
+    result = invoke("compare", *arguments, "--steps", 4, "--seed", 1, "--quiet")
+    assert result.exit_code == 0, result.output
+    for word in ("PSNR", "LPIPS", "density", "adaspa", "random", "report.json"):
+        assert word in result.stdout
+    assert "No LPIPS" not in result.stdout or result.stdout.count("No LPIPS") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["steps"] for run in report["runs"]] == [4, 4]
+    assert report["runs"][0]["prompt"] == "a red circle" and report["runs"][0]["seed"] == 1
+
+
+def test_compare_json_is_the_report(tmp_path):
+    result = invoke("compare", "-p", tiny_folder(), "-m", SMALL, "-o", tmp_path, "--json", "-q")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "report.json").read_text())
+
+
+def test_generate_writes_a_video_for_each_prompt_seed_and_method(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two\na red circle\n\na blue square\n")
+    arguments = ["-p", tiny_folder(), "--prompt-file", prompts, "--seed", 0, "--seed", 1]
+    result = invoke("generate", *arguments, "-m", "dense", "-m", SMALL, "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    saved = json.loads(result.stdout)
+    assert len(saved) == 8 and all(Path(entry["video"]).is_file() for entry in saved)
+
+
+def test_methods_and_doctor_answer_in_text_and_json():
+    assert "adaspa" in invoke("methods").stdout
+    assert {"adaspa", "random"} <= {
+        row["method"] for row in json.loads(invoke("methods", "--json").stdout)
+    }
+    state = json.loads(invoke("doctor", "--json").stdout)
+    assert state["used"]["engine"] in ("torch", "triton")
+    assert "engines" in invoke("doctor").stdout
+
+
+def test_method_options_are_read_as_python_values():
+    spec = parse_method("adaspa:density=0.1,order=tile,search_at=(0.2, 0.5),head_adaptive=false")
+    assert spec.options == {
+        "density": 0.1,
+        "order": "tile",
+        "search_at": (0.2, 0.5),
+        "head_adaptive": False,
+    }
+    assert "/" not in spec.slug and " " not in spec.slug
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("adspa", "did you mean 'adaspa'"),
+        ("adaspa:density=1.5", "(0, 1]"),
+        ("adaspa:density=0", "(0, 1]"),
+        ("adaspa:densty=0.5", "did you mean 'density'"),
+        ("adaspa:density", "density=0.2"),
+        ("adaspa:density=abc", "'abc'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare", "generate"])
+def test_a_bad_method_is_refused(command, method, words):
+    assert words in refused(2, command, "-p", tiny_folder(), "-m", method)
+
+
+def test_bad_prompts_are_refused(tmp_path):
+    base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
+    assert "No such file" in refused(2, *base, "--prompt-file", tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    assert "no prompts" in refused(2, *base, "--prompt-file", tmp_path / "empty.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in refused(2, *base, "--prompt-file", tmp_path / "binary.txt")
+    assert "empty" in refused(2, *base, "--prompt", " ")
+
+
+def test_bad_places_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused(2, "generate", "-p", tiny_folder(), "-o", tmp_path / "file" / "x")
+    assert "model_index.json" in refused(2, "compare", "-p", tmp_path)
+    assert "no such folder" in refused(2, "compare", "-p", tmp_path / "missing")
+    assert "no such folder" in refused(2, "compare", "-p", "nobody/no-such-pipeline")
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
+    assert "num_inference_steps" in refused(2, *base, "--steps", 0)
+    assert "height" in refused(2, *base, "--height", -64)
+    assert "--dtype" in refused(2, *base, "--dtype", "int8")
+    assert "--device" in refused(2, *base, "--device", "gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    assert "--device cpu" in refused(2, "compare", "-p", tiny_folder(), "--device", "cuda")
+
+
+def test_an_unsupported_pipeline_is_refused(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    assert "DDPMPipeline" in refused(2, "compare", "-p", tmp_path, "--prompt", "x", "-o", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), 1, "fewer --frames"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (RuntimeError("the kernel\nbroke"), 1, "the kernel broke"),
+        (KeyError("x"), 1, "--debug"),
+    ],
+)
+def test_a_failure_in_the_run_tells_what_was_kept(tmp_path, monkeypatch, error, code, words):
+    real, calls = generation.timed_call, []
+
+    def fails_at_second(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(generation, "timed_call", fails_at_second)
+    arguments = ("generate", "-p", tiny_folder(), "--seed", 0, "--seed", 1, "-o", tmp_path, "-q")
+    line = refused(code, *arguments)
+    assert words in line and "1 finished video" in line
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_debug_shows_the_error_itself():
+    result = invoke("compare", "-m", "adspa", "--debug")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_out_of_memory_is_known_on_cpu_too():
+    assert failure.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
+    """A real signal to a real process, after its first video."""
+    command = [sys.executable, "-m", "dit_sparse", "generate", "-p", str(tiny_folder())]
+    command += ["-o", str(tmp_path), *(f"--seed={seed}" for seed in range(500))]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("[!.]*.gif")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Interrupted" in errors and "Traceback" not in errors
+    assert list(tmp_path.glob("*.mp4"))
+    assert not list(tmp_path.glob(".part*"))

@@ -1,0 +1,78 @@
+"""Token orders: permutations of any grid, compact where they say so."""
+
+import pytest
+import torch
+
+from dit_sparse.grid import TOKEN_ORDERS, VideoGrid, tile_shape, token_order
+
+GRIDS = [
+    VideoGrid(1, 1, 1),
+    VideoGrid(1, 5, 3),
+    VideoGrid(5, 3, 7),
+    VideoGrid(2, 9, 1),
+    VideoGrid(21, 30, 52),
+    VideoGrid(9, 8, 8, text_tokens=7),
+]
+
+
+@pytest.mark.parametrize("order", TOKEN_ORDERS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_order_is_a_permutation_with_its_inverse(grid, order):
+    permutation, inverse = token_order(grid, order)
+    raster = torch.arange(grid.video_tokens)
+    assert permutation.sort().values.equal(raster)
+    assert raster[permutation][inverse].equal(raster)
+
+
+@pytest.mark.parametrize("order", ["tile", "curve"])
+def test_first_frame_stays_in_front(order):
+    permutation, _ = token_order(VideoGrid(6, 5, 7), order)
+    assert permutation[:35].max() < 35
+
+
+def test_curve_walks_to_a_neighbour_each_step():
+    permutation, _ = token_order(VideoGrid(9, 8, 8), "curve")
+    place = coordinates(permutation[64:], 8, 8)
+    assert (place[1:] - place[:-1]).abs().sum(1).max() == 1
+
+
+def test_tile_is_a_box():
+    permutation, _ = token_order(VideoGrid(9, 8, 8), "tile", block_size=64)
+    box = coordinates(permutation[64:128], 8, 8)
+    assert (box.amax(0) - box.amin(0)).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("order", ["tile", "curve"])
+def test_blocks_are_more_compact_than_raster_on_a_ragged_grid(order):
+    grid = VideoGrid(21, 30, 52)
+    assert spread(grid, order) < spread(grid, "raster") / 4
+
+
+def test_tile_shape_holds_one_block():
+    assert tile_shape(16, 64) == (4, 4, 4)
+    assert tile_shape(1, 64) == (1, 8, 8)
+    assert tile_shape(16, 128) == (4, 4, 8)
+
+
+def test_text_span_and_blocks():
+    after = VideoGrid(2, 8, 8, text_tokens=10)
+    before = VideoGrid(2, 8, 8, text_tokens=10, text_first=True)
+    assert after.text_span == (128, 138) and list(after.text_blocks(64)) == [2]
+    assert before.text_span == (0, 10) and list(before.text_blocks(64)) == [0]
+    assert after.block_lengths(64).tolist() == [64, 64, 10]
+    assert not VideoGrid(2, 8, 8).text_blocks(64)
+
+
+def test_unknown_order_names_the_known_ones():
+    with pytest.raises(ValueError, match="raster, tile, curve"):
+        token_order(VideoGrid(2, 2, 2), "spiral")
+
+
+def coordinates(index, height, width):
+    return torch.stack([index // (height * width), index // width % height, index % width], 1)
+
+
+def spread(grid, order):
+    """Mean variance of the places of a block's tokens."""
+    place = coordinates(token_order(grid, order)[0], grid.height, grid.width).float()
+    return torch.stack([block.var(0).sum() for block in place.split(64)]).mean()

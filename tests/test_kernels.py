@@ -1,0 +1,176 @@
+"""The Triton kernels against a float64 oracle: natively on a GPU, else in the interpreter."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
+from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
+from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMED = {case.name: case for case in CASES}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+def by_name(*names):
+    return pytest.mark.parametrize("case", [NAMED[n] for n in names], ids=names)
+
+
+@pytest.fixture(autouse=True)
+def nan_outputs(monkeypatch):
+    """An element that no kernel wrote reads NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(params=["pointer", "descriptor"])
+def path(request, monkeypatch):
+    """Both ways to load tiles, where the machine has both; the interpreter has."""
+    if request.param == "descriptor" and not dot.INTERPRETING:
+        if not dot.has_fast_descriptors(torch.device(DEVICE, torch.cuda.current_device())):
+            pytest.skip("this GPU loads through pointers")
+    wanted = request.param == "descriptor"
+    monkeypatch.setattr(dot, "has_fast_descriptors", lambda device: wanted)
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention_is_as_exact_as_math_attention(case, path):
+    if path == "descriptor" and case.dtype == FP32:
+        pytest.skip("float32 has one path")
+    check_attention(case, DEVICE)
+
+
+def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
+    aligned, odd = (torch.zeros(1, 8, 2, d, dtype=torch.bfloat16) for d in (40, 33))
+    assert dot.load_path(aligned, aligned) == path
+    assert dot.load_path(aligned, odd) == "pointer"
+    assert dot.load_path(aligned[:1].expand(2, -1, -1, -1)) == "pointer"
+    assert dot.load_path(aligned.float()) == "float32"
+
+
+@by_name("d64-bf16", "d128-fp16", "d40-bf16", "d64-fp32", "block-128-128", "cross", "sliced")
+def test_block_mass_matches_the_dense_softmax(case, path):
+    if path == "descriptor" and case.dtype == FP32:
+        pytest.skip("float32 has one path")
+    check_mass(case, DEVICE)
+
+
+def test_block_mass_sums_the_tiles_of_a_block():
+    # A float32 tile has 32 rows: 4 x 4 tiles a block, those past the end never run.
+    check_mass(Case("", dtype=FP32, q_len=150, kv_len=170, block_size=(128, 128)), DEVICE)
+
+
+def test_block_mass_of_a_skipped_row_is_zero():
+    x = torch.randn(1, 70, 1, 64, device=DEVICE)
+    lse = torch.full((1, 1, 70), float("-inf"), device=DEVICE)
+    assert (block_mass(x, x, lse, block_size=(64, 64)) == 0).all()
+
+
+@by_name("d64-bf16", "d128-fp16", "d96-bf16", "d32-fp32", "block-32-32", "transposed", "sliced")
+def test_block_pool_averages_valid_tokens(case):
+    check_pool(case, DEVICE)
+
+
+def test_no_tail_tile_when_lists_keep_only_full_blocks():
+    # Row 0 keeps block 0 alone: its tokens must not see the short last block.
+    case = replace(NAMED["only-the-last-block"], kept="one", q_len=100, kv_len=130)
+    check_attention(case, DEVICE)
+
+
+def test_equal_calls_are_bit_equal():
+    x = torch.randn(1, 130, 2, 64, device=DEVICE, dtype=torch.bfloat16)
+    counts = torch.full((1, 1, 3), 3, dtype=torch.int32, device=DEVICE)
+    indices = torch.arange(3, dtype=torch.int16, device=DEVICE).expand(1, 1, 3, 3)
+    first, second = (
+        block_sparse_fwd(x, x, x, counts, indices, block_size=(64, 64)) for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def arguments(**changes):
+    x = torch.zeros(1, 100, 2, 64, device=DEVICE)
+    given = {
+        "query": x,
+        "key": x,
+        "value": x,
+        "kv_num_blocks": torch.ones(1, 2, 2, dtype=torch.int32, device=DEVICE),
+        "kv_indices": torch.zeros(1, 2, 2, 1, dtype=torch.int16, device=DEVICE),
+        "block_size": (64, 64),
+    }
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"query": torch.zeros(100, 2, 64)}, "query must be a non-empty"),
+        ({"query": torch.zeros(1, 100, 2, 264)}, "head dim up to 256, got 264"),
+        ({"query": torch.zeros(1, 100, 2, 64).double()}, "query must be bfloat16"),
+        ({"key": torch.zeros(1, 100, 2, 64).half()}, "key must match query"),
+        ({"key": torch.zeros(1, 100, 1, 64)}, "key must have the B, H and D of query"),
+        ({"value": torch.zeros(1, 99, 2, 64)}, "value must have the shape of key"),
+        ({"block_size": (48, 64)}, "block_size must be"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"kv_num_blocks": torch.ones(1, 2, 3, dtype=torch.int32)}, r"shape \(1, 2, 2\)"),
+        ({"kv_num_blocks": torch.ones(1, 2, 2, dtype=torch.int64)}, "must be torch.int32"),
+        ({"kv_indices": torch.zeros(1, 2, 2, 1)}, "torch.int16 or torch.int32"),
+        ({"kv_len": torch.ones(2, dtype=torch.int32)}, r"kv_len must have shape \(1\)"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(changes, message):
+    moved = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        block_sparse_fwd(**arguments(**moved))
+
+
+def test_pool_and_mass_check_their_arguments():
+    x = torch.zeros(1, 100, 2, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="block_size must be one of"):
+        block_pool(x, 48)
+    with pytest.raises(ValueError, match="lse must have shape"):
+        block_mass(x, x, torch.zeros(1, 2, 99, device=DEVICE), block_size=(64, 64))
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(dot, "INTERPRETING", False)
+    with pytest.raises(ValueError, match="must be on a cuda device, got cpu"):
+        block_pool(torch.zeros(1, 10, 1, 64), 64)
+
+
+def compile_for(target, *options):
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), target, *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_compile_for_hopper_with_wgmma_and_tma():
+    for kernel in compile_for("sm_90"):
+        assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
+        if not kernel["kernel"].startswith("pool"):
+            assert kernel["wgmma"] > 0 and kernel["tma"] > 0, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_every_configuration_fits_shared_memory(target):
+    for kernel in compile_for(target, "--all"):
+        assert kernel["shared"] <= SHARED_MEMORY[target], kernel

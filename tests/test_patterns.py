@@ -1,0 +1,113 @@
+"""Selectors and methods against slow loops."""
+
+import pytest
+import torch
+
+from dit_sparse import AdaSpa, RandomBlocks, VideoGrid, Window
+from dit_sparse.dense import dense_attention_with_lse
+from dit_sparse.patterns.search import Search
+from dit_sparse.patterns.select import forced_blocks, kept_share, top_k_rows
+
+
+def make_search(grid, heads=4, batch=2):
+    query, key = torch.randn(2, batch, grid.tokens, heads, 16) * 2
+    _, lse = dense_attention_with_lse(query, key, key)
+    return Search(query, key, lse, grid, layer=0)
+
+
+def test_top_k_rows_equals_a_double_loop():
+    scores = torch.rand(2, 3, 6, 6)
+    kept = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    forced = torch.eye(6, dtype=torch.bool)
+    mask = top_k_rows(scores, kept, forced)
+    for b in range(2):
+        for h in range(3):
+            for row in range(6):
+                others = sorted(set(range(6)) - {row}, key=lambda j: -scores[b, h, row, j])
+                expected = {row, *others[: kept[b, h] - 1]}
+                assert set(mask[b, h, row].nonzero().flatten().tolist()) == expected
+
+
+def test_forced_blocks_are_own_and_text():
+    forced = forced_blocks(VideoGrid(2, 8, 8, text_tokens=10), 64, torch.device("cpu"))
+    assert forced.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])
+def test_every_row_keeps_its_own_block_and_the_density_is_near_what_was_asked(method):
+    grid = VideoGrid(5, 16, 16)
+    mask = method(density=0.3).find(make_search(grid)).mask
+    assert mask.diagonal(dim1=-2, dim2=-1).all()
+    assert mask.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])
+def test_text_attends_and_is_attended(method):
+    grid = VideoGrid(5, 16, 16, text_tokens=30, text_first=True)
+    mask = method(density=0.2).find(make_search(grid)).mask
+    assert mask[..., 0].all() and mask[..., 0, :].all()
+
+
+def test_adaspa_uniform_keeps_the_heaviest_blocks_of_every_row():
+    search = make_search(VideoGrid(5, 8, 16))
+    config = AdaSpa(density=0.3, head_adaptive=False)
+    found = config.find(search)
+    mass = search.mass(64, "auto")
+    rows = [sum(sorted(row)[-3:]) for row in mass.flatten(0, 2).tolist()]  # 3 of 10 blocks
+    heaviest = torch.tensor(rows).view(mass.shape[:3])
+    own = mass.diagonal(dim1=-2, dim2=-1)
+    kept = (mass * found.mask).sum(-1)
+    is_top = mass.topk(3, -1).indices.eq(torch.arange(10).view(10, 1)).any(-1)
+    torch.testing.assert_close(kept[is_top], heaviest[is_top])
+    assert (kept >= own).all()
+    torch.testing.assert_close(found.kept_mass, kept_share(mass, found.mask).mean(0))
+
+
+def test_adaspa_levels():
+    config = AdaSpa(density=0.2)
+    recall = torch.tensor([[0.9, 0.5, 0.6, 0.7]])
+    torch.testing.assert_close(
+        config.head_densities(recall), torch.tensor([[0.1, 0.3, 0.2, 0.2]])
+    )
+    crowded = config.head_densities(torch.tensor([[0.9, 0.95, 0.85, 0.99]]))
+    assert sorted(crowded[0].tolist()) == pytest.approx([0.1, 0.1, 0.3, 0.3])
+
+
+def test_adaspa_keeps_the_mean_density():
+    config = AdaSpa(density=0.2)
+    assert config.head_densities(torch.rand(3, 24)).mean(1).tolist() == pytest.approx([0.2] * 3)
+
+
+def test_adaspa_keeps_more_mass_than_a_random_mask():
+    search = make_search(VideoGrid(5, 16, 16))
+    mass = search.mass(64, "auto")
+    exact, random = (
+        kept_share(mass, method(density=0.2).find(search).mask).mean()
+        for method in (AdaSpa, RandomBlocks)
+    )
+    assert exact > random + 0.02
+
+
+def test_window_keeps_the_nearest_blocks():
+    mask = Window(density=0.25, order="raster").find(make_search(VideoGrid(8, 8, 8))).mask[0, 0]
+    assert mask[0].tolist() == [True, True] + [False] * 6
+    assert mask[4].sum() == 2
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"density": 0}, "density=0.2"),
+        ({"density": 2}, "in \\(0, 1\\], got 2"),
+        ({"density": "0.2"}, "got '0.2'"),
+        ({"order": "hilbert"}, "raster, tile, curve"),
+        ({"block_size": 48}, "32, 64, 128"),
+        ({"engine": "cuda"}, "auto, triton, torch"),
+        ({"search_at": (0.6, 0.2)}, "increasing"),
+        ({"search_at": ()}, "increasing"),
+        ({"search_at": (1.0,)}, "in \\[0, 1\\)"),
+    ],
+)
+def test_bad_options_say_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaSpa(**options)

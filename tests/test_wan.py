@@ -1,0 +1,288 @@
+"""Wan end to end on random weights: exactness, state, undo, compile."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from tiny import tiny_wan
+
+from dit_sparse import disable_sparse_attention, enable_sparse_attention
+
+SPARSE = {"density": 0.5, "block_size": 32}
+ALL_KEPT = {"density": 0.99, "block_size": 32}  # sparse code path, nothing left out
+
+
+def generate(pipe, seed=0, size=96, steps=6, guidance=3.0, prompt="a red ball", **call):
+    return pipe(
+        prompt=prompt,
+        height=size,
+        width=size,
+        num_frames=9,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **call,
+    ).frames
+
+
+@pytest.fixture
+def pipe():
+    return tiny_wan()
+
+
+def leftovers(module):
+    """Everything that a hook or a patch could have left on a module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [hook for m in module.modules() for kind in kinds for hook in getattr(m, kind).values()]
+    patched = {"cache_context", "_reset_stateful_cache", "forward", "_dit_sparse_handle"} & set(vars(module))
+    return hooks, patched
+
+
+def test_density_one_equals_stock_bit_for_bit_through_our_processors(pipe):
+    stock = generate(pipe)
+    handle = enable_sparse_attention(pipe, density=1.0)
+    assert generate(pipe).equal(stock)
+    report = handle.report()
+    layers = len(pipe.transformer.blocks)
+    assert report.dense_calls == layers * 2 * 6 and report.effective_cost == 1
+
+
+@pytest.mark.parametrize("method", ["adaspa", "random", "window"])
+@pytest.mark.parametrize("order", ["raster", "tile", "curve"])
+def test_all_blocks_kept_equals_dense_within_rounding(pipe, method, order):
+    stock = generate(pipe)
+    handle = enable_sparse_attention(pipe, method, order=order, **ALL_KEPT)
+    assert (generate(pipe) - stock).abs().max() < 1e-5
+    assert handle.report().reuse_calls > 0
+
+
+def test_disable_restores_everything(pipe):
+    untouched = tiny_wan()
+    generate(untouched)
+    before = [block.attn1.processor for block in pipe.transformer.blocks]
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    generate(pipe)
+    handle.disable()
+    handle.disable()
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == before
+    assert leftovers(pipe.transformer) == ([], set())
+    assert generate(pipe).equal(generate(untouched))
+
+
+def test_same_seed_gives_the_same_frames(pipe):
+    enable_sparse_attention(pipe, **SPARSE)
+    first = generate(pipe)
+    assert generate(pipe).equal(first)
+    assert not generate(pipe, seed=1).equal(first)
+
+
+def test_two_call_guidance_keeps_two_states(pipe):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    kept = {}
+    state = handle._installed[0].state
+
+    def look(pipe, step, timestep, kwargs):
+        kept.update(state.kept)
+        return kwargs
+
+    generate(pipe, callback_on_step_end=look)
+    assert {branch for branch, _ in kept} == {"cond", "uncond"}
+    assert not kept["cond", 1].lse.equal(kept["uncond", 1].lse)
+
+
+def test_without_guidance_there_is_one_branch(pipe):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    generate(pipe, guidance=1.0)
+    assert {entry["branch"] for entry in handle.report().trace} == {"cond"}
+
+
+def test_nothing_is_kept_after_a_run(pipe):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    generate(pipe)
+    state = handle._installed[0].state
+    assert not state.kept and handle.report().peak_cache_bytes > 0
+
+
+def test_changes_of_size_and_batch_between_calls(pipe):
+    fresh = tiny_wan()
+    enable_sparse_attention(fresh, **SPARSE)
+    expected = generate(fresh, size=128)
+    enable_sparse_attention(pipe, **SPARSE)
+    generate(pipe)
+    generate(pipe, prompt=["a", "b"])
+    assert generate(pipe, size=128).equal(expected)
+
+
+def test_batch_gives_each_sample_what_it_gets_alone(pipe):
+    enable_sparse_attention(pipe, **SPARSE)
+    latents = torch.randn(2, 16, 3, 12, 12)
+    both = generate(pipe, prompt=["a red ball", "a dog"], latents=latents)
+    alone = generate(pipe, prompt="a dog", latents=latents[1:])
+    assert (both[1] - alone[0]).abs().max() < 1e-4
+
+
+def test_an_exception_inside_a_run_does_not_poison_the_next(pipe):
+    enable_sparse_attention(pipe, **SPARSE)
+    expected = generate(pipe)
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 3:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, callback_on_step_end=stop)
+    assert generate(pipe).equal(expected)
+
+
+def test_two_transformers_each_with_a_state_of_its_own():
+    stock = tiny_wan()
+    second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
+    pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
+    pipe.set_progress_bar_config(disable=True)
+    dense = generate(pipe)
+    handle = enable_sparse_attention(pipe, density=1.0)
+    assert generate(pipe).equal(dense) and handle.report().effective_cost == 1
+    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    assert (generate(pipe) - dense).abs().max() < 1e-5
+    report = handle.report()
+    late = min(record.step for record in handle._installed[1].state.trace)
+    kinds = {entry["kind"] for entry in report.trace if entry["step"] == late}
+    assert late > 0 and "search" in kinds
+    assert report.steps == 6
+
+
+def test_timesteps_per_token_follow_the_token_order():
+    """Wan 2.2 TI2V-5B passes one timestep for each token."""
+    transformer = tiny_wan().transformer
+    latents, text = torch.randn(1, 16, 3, 12, 12), torch.randn(1, 16, 32)
+    timestep = torch.linspace(1, 900, 108).unsqueeze(0)
+    with torch.no_grad():
+        stock = transformer(latents, timestep, text).sample
+        enable_sparse_attention(transformer, num_steps=1, **ALL_KEPT)
+        assert (transformer(latents, timestep, text).sample - stock).abs().max() < 1e-5
+
+
+def test_a_bare_transformer_needs_the_number_of_steps():
+    transformer = tiny_wan().transformer
+    enable_sparse_attention(transformer, **SPARSE)
+    with pytest.raises(RuntimeError, match="num_steps="), torch.no_grad():
+        transformer(torch.randn(1, 16, 3, 12, 12), torch.tensor([5.0]), torch.randn(1, 16, 32))
+
+
+def test_steps_and_branches_without_cache_contexts(pipe):
+    """Wan video-to-video calls the transformer outside of any context."""
+    handle = enable_sparse_attention(pipe.transformer, num_steps=5, **SPARSE)
+    latents, text = torch.randn(1, 16, 3, 12, 12), torch.randn(1, 16, 32)
+    for run in range(2):
+        for time in torch.linspace(900, 100, 5):
+            timestep = time.expand(1)
+            for _ in range(2):
+                with torch.no_grad():
+                    pipe.transformer(latents, timestep, text)
+        report = handle.report()
+        assert report.steps == 5
+        assert {entry["branch"] for entry in report.trace} == {"call_0", "call_1"}
+        assert report.dense_calls == 2 * 2  # one warm-up step
+
+
+def test_enabling_again_replaces(pipe):
+    stock = generate(pipe)
+    enable_sparse_attention(pipe, **SPARSE)
+    second = enable_sparse_attention(pipe, "window", **SPARSE)
+    generate(pipe)
+    assert second.report().method == "window"
+    disable_sparse_attention(pipe)
+    disable_sparse_attention(pipe)
+    assert leftovers(pipe.transformer) == ([], set()) and generate(pipe).equal(stock)
+
+
+def test_two_pipelines_with_different_configs(pipe):
+    other = tiny_wan(seed=1)
+    alone = enable_sparse_attention(pipe, **SPARSE) and generate(pipe)
+    enable_sparse_attention(other, "random", density=0.3, block_size=32)
+    generate(other)
+    assert generate(pipe).equal(alone)
+
+
+def test_context_manager_disables_after_an_error(pipe):
+    stock = generate(pipe)
+    with pytest.raises(ZeroDivisionError), enable_sparse_attention(pipe, **SPARSE):
+        raise ZeroDivisionError
+    assert generate(pipe).equal(stock)
+
+
+def test_compiles_to_one_graph_per_block_kind():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    pipe = tiny_wan()
+    pipe.transformer = WanTransformer3DModel.from_config(
+        dict(pipe.transformer.config, num_layers=12)
+    ).eval()
+    enable_sparse_attention(pipe, **SPARSE)
+    eager = generate(pipe)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    assert generate(pipe).equal(eager)
+    assert counter.frame_count == 1
+
+
+def test_compiled_first_is_refused(pipe):
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    with pytest.raises(RuntimeError, match="enable first, compile second"):
+        enable_sparse_attention(pipe)
+    assert leftovers(pipe.transformer) == ([], set())
+
+
+def test_fused_projections(pipe):
+    enable_sparse_attention(pipe, **SPARSE)
+    plain = generate(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    assert (generate(pipe) - plain).abs().max() < 1e-5
+
+
+def test_replaced_processors_are_reported(pipe, caplog):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    pipe.transformer.set_attn_processor(type(pipe.transformer.blocks[0].attn2.processor)())
+    generate(pipe)
+    assert any("replaced" in note for note in handle.report().notes)
+    assert any("replaced" in message for message in caplog.messages)
+
+
+def test_the_users_backend_runs_the_dense_steps(pipe):
+    pipe.transformer.set_attention_backend("_native_math")
+    stock = generate(pipe)
+    enable_sparse_attention(pipe, density=1.0)
+    assert generate(pipe).equal(stock)
+    pipe.transformer.reset_attention_backend()
+
+
+def test_handle_and_pipeline_can_be_collected():
+    pipe = tiny_wan()
+    transformer = weakref.ref(pipe.transformer)
+    enable_sparse_attention(pipe, **SPARSE)
+    generate(pipe)
+    del pipe
+    gc.collect()
+    assert transformer() is None
+
+
+def test_measured_cost_and_mass(pipe):
+    handle = enable_sparse_attention(pipe, measure=True, **SPARSE)
+    generate(pipe)
+    report = handle.report()
+    density = report.density
+    assert 0.4 < density < 0.7 and 0 < report.kept_mass < 1
+    # 25 tokens short of a block make densities uneven: sum the log by hand
+    by_hand = [1.0 if e["density"] is None else sum(e["density"]) / 2 for e in report.trace]
+    searches = [e for e in report.trace if e["kind"] == "search"]
+    sampled = [e for e in report.trace if e["kind"] == "reuse"]
+    rows = 64 / 108 * 0.5
+    total = sum(by_hand) + 0.5 * len(searches) + rows * len(sampled)
+    assert report.effective_cost == pytest.approx(total / len(report.trace))
+    assert "effective cost" in str(report)
