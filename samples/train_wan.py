@@ -2,6 +2,7 @@
 
     python samples/train_wan.py --stage vae,checker,transformer,save --seconds 540
     python samples/train_wan.py --stage transformer,save --seconds 500 --final
+    torchrun --nproc-per-node 2 samples/train_wan.py --stage transformer,save --init samples/wan_tiny
 
 Stages: a per-frame autoencoder, the network that checks prompts, the video transformer with its
 text encoder, and the pipeline folder.  Each leaves a checkpoint in --work and goes on from it.
@@ -16,7 +17,7 @@ import prompt_check
 import torch
 import train_models as parts
 from diffusers import WanPipeline
-from train_common import load_vae, record
+from train_common import load_vae, record, start_processes
 from train_transformer import train_transformer
 from train_vae import train_vae
 
@@ -32,6 +33,7 @@ def parse_arguments():
     add("--checker-seconds", type=float, default=60)
     add("--encode-seconds", type=float, default=30)
     add("--total-seconds", type=float, default=720, help="transformer training over all calls")
+    add("--init", type=Path, help="pipeline folder to go on from, instead of new weights")
     add("--final", action="store_true", help="finish the learning-rate schedule in this call")
     add("--clips", type=int, default=32768, help="clips of 17 frames of 128 x 128 held encoded")
     add("--large-clips", type=int, default=768, help="clips of 33 frames of 256 x 256")
@@ -42,7 +44,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.stage == "all":
         args.stage = "vae,checker,transformer,save"
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    start_processes(args)
     args.frames, args.size, args.layers, args.chunk = 17, 128, 6, 64
     args.large_frames, args.large_size, args.large_batch = 33, 256, 2
     if args.smoke:
@@ -62,6 +64,8 @@ def train_checker(args):
 
 
 def save(args):
+    if args.rank:
+        return
     tokenizer = parts.build_tokenizer()
     state = torch.load(args.work / "transformer.pt", map_location="cpu")["average"]
     models = {

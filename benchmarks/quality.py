@@ -1,0 +1,242 @@
+"""How near to dense is a method's video, at what cost? Token orders, block sizes, and the floors.
+
+    python benchmarks/quality.py --part main --out benchmarks/results/quality.json
+    python benchmarks/quality.py --part ablation --out benchmarks/results/ablation.json
+
+`main`: AdaSpa in its defaults against a random mask and a 3-D window of the same measured cost,
+warm-up and forced blocks, with the noise floor (two dense kernels) and chance (another seed).
+`ablation`: token orders x block sizes at equal density, and at equal time of the sparse kernel on
+this GPU at the shape of Wan 1.3B 480p.
+
+What would mislead: one small model on drawn videos; PSNR is dominated by the first steps, which are
+dense in all rows; intervals are over prompts and seeds, not over models.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
+
+from diffusers import WanPipeline  # noqa: E402
+from dit_sparse import AdaSpa, BlockMask, RandomBlocks, Window  # noqa: E402
+from dit_sparse import enable_sparse_attention, sparse_attention  # noqa: E402
+from dit_sparse.config import BLOCK_SIZES  # noqa: E402
+from dit_sparse.grid import TOKEN_ORDERS  # noqa: E402
+from dit_sparse.metrics import compare_clips  # noqa: E402
+from prompt_check import make_test_prompts  # noqa: E402
+
+WAN_1_3B = (12, 32760, 128)  # heads, tokens, head dim
+PROMPT_SEED = 11  # not the prompts of the prompt check
+
+
+class Runner:
+    """Generates all clips of a configuration in one batch and scores them against dense."""
+
+    def __init__(self, args):
+        self.args = args
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, args.dtype)
+        self.pipe = WanPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(device)
+        self.pipe.vae.to(torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        box = json.loads((args.pipeline / "dit_sparse.json").read_text())
+        self.call = box["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
+        prompts, _, _ = make_test_prompts(args.prompts, PROMPT_SEED)
+        self.prompts = [prompt for prompt in prompts for _ in range(args.seeds)]
+        self.seeds = [index for _ in prompts for index in range(args.seeds)]
+        self.rows = []
+        self.generate()  # kernels compile here, not in the seconds of a row
+        self.dense, self.dense_seconds = self.generate()
+
+    def generate(self, seed_offset=0):
+        """Frames (N, T, H, W, 3) in [0, 1], and seconds."""
+        generators = [torch.Generator().manual_seed(seed + seed_offset) for seed in self.seeds]
+        start = time.perf_counter()
+        frames = self.pipe(
+            self.prompts, generator=generators, output_type="pt", **self.call
+        ).frames  # (N, T, 3, H, W)
+        if frames.is_cuda:
+            torch.cuda.synchronize()
+        return frames.permute(0, 1, 3, 4, 2).float(), time.perf_counter() - start
+
+    def score(self, name, frames, seconds, **facts):
+        metrics = [compare_clips(a, b) for a, b in zip(self.dense, frames)]
+        psnr = [100.0 if m.identical else m.psnr for m in metrics]
+        row = {
+            "name": name,
+            **interval("psnr", psnr),
+            "ssim": sum(m.ssim for m in metrics) / len(metrics),
+            "seconds": seconds,
+            **facts,
+            "psnr_per_clip": psnr,
+        }
+        self.rows.append(row)
+        print({k: v for k, v in row.items() if k != "psnr_per_clip"}, flush=True)
+        return row
+
+    def sparse(self, name, config):
+        with enable_sparse_attention(self.pipe, config, measure=self.args.measure) as handle:
+            self.generate() if self.args.warm else None
+            frames, seconds = self.generate()
+            report = handle.report()
+        return self.score(
+            name,
+            frames,
+            seconds,
+            config={"method": report.method, **report.config},
+            density=report.density,
+            effective_cost=report.effective_cost,
+            kept_mass=report.kept_mass,
+        )
+
+
+def interval(name, values):
+    """Mean and half of its 95% interval over clips."""
+    values = torch.tensor(values, dtype=torch.float64)
+    half = 1.96 * values.std() / len(values) ** 0.5
+    return {name: values.mean().item(), f"{name}_ci95": half.item()}
+
+
+def at_cost(runner, name, config, cost):
+    """The config at the density whose measured cost is `cost`; two corrections suffice."""
+    config = type(config)(**{**config.to_dict(), "density": min(cost, 1.0)})
+    for _ in range(3):
+        with enable_sparse_attention(runner.pipe, config, measure=False) as handle:
+            short = {**runner.call}
+            runner.pipe(runner.prompts[0], output_type="latent", **short)
+            measured = handle.report()
+        slope = measured.effective_cost - (1 - sparse_share(measured))
+        wanted = config.density * (cost - (1 - sparse_share(measured))) / max(slope, 1e-6)
+        config = type(config)(**{**config.to_dict(), "density": min(max(wanted, 0.01), 0.999)})
+    return runner.sparse(name, config)
+
+
+def sparse_share(report):
+    """Share of the attention calls that read a mask."""
+    sparse = sum(entry["density"] is not None for entry in report.trace)
+    return sparse / len(report.trace)
+
+
+def main_part(runner):
+    if torch.cuda.is_available():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            runner.dense, _ = runner.generate()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            frames, seconds = runner.generate()
+        runner.score("noise floor: cuDNN against FlashAttention-2", frames, seconds)
+        runner.dense, _ = runner.generate()
+    frames, seconds = runner.generate(seed_offset=1000)
+    runner.score("chance: another seed", frames, seconds)
+    adaspa = runner.sparse("adaspa", AdaSpa())
+    paired = {}
+    for name, config in {"random": RandomBlocks(), "window": Window()}.items():
+        row = at_cost(runner, name, config, adaspa["effective_cost"])
+        pairs = zip(adaspa["psnr_per_clip"], row["psnr_per_clip"])
+        paired[f"adaspa minus {name}"] = interval("psnr", [a - b for a, b in pairs])
+    for density in (0.1, 0.3):
+        runner.sparse(f"adaspa {density}", AdaSpa(density=density))
+    return {"paired": paired}
+
+
+def ablation_part(runner):
+    times = {size: kernel_ms(size, 0.2) for size in BLOCK_SIZES} if torch.cuda.is_available() else {}
+    for order in TOKEN_ORDERS:
+        for size in BLOCK_SIZES:
+            runner.sparse(f"{order} {size}", AdaSpa(order=order, block_size=size))
+    for order in TOKEN_ORDERS:
+        for size in BLOCK_SIZES:
+            if times and size != 64:
+                density = equal_time_density(size, times[64])
+                config = AdaSpa(order=order, block_size=size, density=density)
+                runner.sparse(f"{order} {size}, time of 64", config)
+    return {"kernel_ms_at_density_0.2": times}
+
+
+def kernel_ms(block_size, density):
+    """Median milliseconds of one sparse call at the shape of Wan 1.3B, random mask."""
+    heads, length, dim = WAN_1_3B
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = torch.randn(
+        3, 1, length, heads, dim, device="cuda", dtype=torch.bfloat16, generator=generator
+    )
+    blocks = -(-length // block_size)
+    best = torch.rand(1, heads, blocks, blocks, device="cuda", generator=generator)
+    best = best.topk(max(round(density * blocks), 1), -1).indices
+    mask = torch.zeros(1, heads, blocks, blocks, dtype=torch.bool, device="cuda")
+    packed = BlockMask.from_dense(mask.scatter_(-1, best, True), length, length, (block_size,) * 2)
+    times = []
+    for _ in range(15):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        sparse_attention(query, key, value, packed)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def equal_time_density(block_size, milliseconds):
+    """Density at which blocks of this size take so long, by two measured points."""
+    low, high = kernel_ms(block_size, 0.1), kernel_ms(block_size, 0.3)
+    return min(max(0.1 + 0.2 * (milliseconds - low) / (high - low), 0.02), 0.6)
+
+
+def environment(args):
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        head = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "commit": args.commit or head,
+        "dtype": args.dtype,
+    }
+
+
+def main():
+    add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
+    add("--part", choices=("main", "ablation"), default="main")
+    add("--pipeline", type=Path, default=ROOT / "samples/wan_tiny")
+    add("--out", type=Path, required=True)
+    add("--prompts", type=int, default=20)
+    add("--seeds", type=int, default=2)
+    add("--steps", type=int, help="default: what the pipeline's dit_sparse.json says")
+    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--measure", action="store_true", help="sample the kept mass at every sparse step")
+    add("--warm", action="store_true", help="run each row twice, so that seconds hold no compiling")
+    add("--commit", help="where there is no git here")
+    args = parser.parse_args()
+    runner = Runner(args)
+    extra = {"main": main_part, "ablation": ablation_part}[args.part](runner)
+    result = {
+        "question": __doc__.split("\n")[0],
+        "command": " ".join(sys.argv),
+        "environment": environment(args),
+        "call": runner.call,
+        "prompts": runner.prompts[:: args.seeds],
+        "seeds": list(range(args.seeds)),
+        "dense_seconds": runner.dense_seconds,
+        **extra,
+        "rows": runner.rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(extra))
+
+
+if __name__ == "__main__":
+    main()
