@@ -5,37 +5,56 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():  # a source tree: kernels/ lies one level up
     __path__.append(str(Path(__file__).parents[1]))
 
-from .attention import sparse_attention  # noqa: E402
-from .block_mask import BlockMask  # noqa: E402
-from .grid import VideoGrid  # noqa: E402
-from .patterns import AdaSpa, RandomBlocks, Window  # noqa: E402
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    from .api import (
+        SparseAttention,
+        UnsupportedPipelineError,
+        available_methods,
+        disable_sparse_attention,
+        enable_sparse_attention,
+        supported_pipelines,
+    )
+    from .attention import sparse_attention
+    from .block_mask import BlockMask
+    from .grid import VideoGrid
+    from .patterns import AdaSpa, RandomBlocks, Window
 
 __version__ = "0.1.0"
-
-_NEED_DIFFUSERS = (
-    "SparseAttention",
-    "UnsupportedPipelineError",
-    "available_methods",
-    "disable_sparse_attention",
-    "enable_sparse_attention",
-    "supported_pipelines",
-)
 
 __all__ = [
     "AdaSpa",
     "BlockMask",
     "RandomBlocks",
+    "SparseAttention",
+    "UnsupportedPipelineError",
     "VideoGrid",
     "Window",
+    "available_methods",
+    "disable_sparse_attention",
+    "enable_sparse_attention",
     "sparse_attention",
-    *_NEED_DIFFUSERS,
+    "supported_pipelines",
 ]
 
+_CORE = {  # needs torch alone; every other name lives in api and needs diffusers
+    "AdaSpa": "patterns",
+    "BlockMask": "block_mask",
+    "RandomBlocks": "patterns",
+    "VideoGrid": "grid",
+    "Window": "patterns",
+    "sparse_attention": "attention",
+}
 
-def __getattr__(name: str):
-    """The core imports without diffusers; what patches a pipeline asks for it on first use."""
-    if name in _NEED_DIFFUSERS:
-        from . import api
 
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers `--help` without loading torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_CORE.get(name, 'api')}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -173,7 +173,7 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
 
         from . import available_methods
 
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "method": name,
                 "summary": (config.__doc__ or "").strip().split("\n")[0],
