@@ -80,7 +80,7 @@ class BlockMask:
         counts = dense.sum(-1, dtype=torch.int32)
         slot = dense.cumsum(-1, dtype=torch.int32) - 1
         slot = torch.where(dense, slot, self.max_blocks).long()  # dropped blocks share one slot
-        kept = torch.zeros(*dense.shape[:3], self.max_blocks + 1, dtype=torch.int16, device=dense.device)
+        kept = slot.new_zeros(*dense.shape[:3], self.max_blocks + 1, dtype=torch.int16)
         block = torch.arange(dense.shape[-1], dtype=torch.int16, device=dense.device)
         kept.scatter_(-1, slot, block.expand_as(dense))
         return counts, kept[..., : self.max_blocks].contiguous()

@@ -1,4 +1,4 @@
-"""The video token grid, the text beside it, and the orders in which tokens can be cut into blocks."""
+"""The video token grid, the text beside it, and the orders in which tokens are cut into blocks."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -32,8 +33,3 @@ class Steps:
 
     def say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False)
-
-
-def escape(text: str) -> str:
-    """Square brackets are markup to rich."""
-    return text.replace("[", "\\[")

@@ -30,10 +30,11 @@ def sparse_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     counts, indices = block_mask.indices()
     output = torch.zeros_like(query)
-    lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), -torch.inf, dtype=torch.float32)
-    for b in range(query.shape[0]):
+    batch, length, heads, _ = query.shape
+    lse = query.new_full((batch, heads, length), -torch.inf, dtype=torch.float32)
+    for b in range(batch):
         keys = block_mask.kv_len if kv_len is None else int(kv_len[b])
-        for h in range(query.shape[2]):
+        for h in range(heads):
             mask_b, mask_h = b % counts.shape[0], h % counts.shape[1]
             out_rows, lse_rows = _one_head(
                 query[b, :, h],
@@ -87,16 +88,18 @@ def _attend(
     """query (R, bq, D), key and value (R, K, D), bias (R, 1, K) or None."""
     if query.device.type == "cpu":
         # torch's fused CPU kernel also returns the log-sum-exp, in natural log
-        attn_mask = None if bias is None else bias.to(query.dtype).expand(-1, query.shape[1], -1).unsqueeze(1)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=attn_mask, scale=scale
-        )
+        if bias is not None:
+            bias = bias.to(query.dtype).expand(-1, query.shape[1], -1).unsqueeze(1)
+        q, k, v = (x.unsqueeze(1) for x in (query, key, value))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(q, k, v, attn_mask=bias, scale=scale)
         return out.squeeze(1), lse.squeeze(1).float()
     scores = (query @ key.transpose(-1, -2)).float() * scale
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
-    return (weights.to(value.dtype) @ value), lse
+    empty = (lse == -torch.inf).unsqueeze(-1)  # a row without keys
+    weights = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty, 0)
+    return weights.to(value.dtype) @ value, lse
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
@@ -105,11 +108,11 @@ def _blocks(x: Tensor, block_size: int) -> Tensor:
 
 
 def _key_bias(kept: Tensor, block_size: int, kv_len: int) -> Tensor | None:
-    """-inf at gathered positions that lie beyond the last valid key, or None where there are none."""
+    """-inf at gathered positions beyond the last valid key, or None where there are none."""
     if int(kept.max()) * block_size + block_size <= kv_len:
         return None
     position = kept.unsqueeze(-1) * block_size + torch.arange(block_size, device=kept.device)
-    bias = torch.zeros(position.shape, device=kept.device).masked_fill(position >= kv_len, -torch.inf)
+    bias = torch.where(position < kv_len, 0.0, -torch.inf)
     return bias.flatten(1).unsqueeze(1)
 
 

@@ -6,7 +6,7 @@ Kind = Literal["dense", "search", "reuse"]
 
 
 def search_steps(search_at: tuple[float, ...], num_steps: int) -> list[int]:
-    """Absolute steps, 0-based, of fractions of `num_steps`; at least one step is left to reuse."""
+    """Absolute steps, 0-based, of fractions of `num_steps`; the last step at the latest."""
     return sorted({min(round(fraction * num_steps), num_steps - 1) for fraction in search_at})
 
 

@@ -66,9 +66,7 @@ def test_adaspa_uniform_keeps_the_heaviest_blocks_of_every_row():
 def test_adaspa_levels():
     config = AdaSpa(density=0.2)
     recall = torch.tensor([[0.9, 0.5, 0.6, 0.7]])
-    torch.testing.assert_close(
-        config.head_densities(recall), torch.tensor([[0.1, 0.3, 0.2, 0.2]])
-    )
+    torch.testing.assert_close(config.head_densities(recall), torch.tensor([[0.1, 0.3, 0.2, 0.2]]))
     crowded = config.head_densities(torch.tensor([[0.9, 0.95, 0.85, 0.99]]))
     assert sorted(crowded[0].tolist()) == pytest.approx([0.1, 0.1, 0.3, 0.3])
 

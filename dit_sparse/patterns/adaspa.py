@@ -1,8 +1,9 @@
 """AdaSpa: exact block mass found online at a few steps, reused in between (arXiv 2502.21079).
 
-From the paper: block mass W = sum of exp(q.k / sqrt(D) - LSE) over the pairs of a block (Eq. 12-14);
-the first search is fused with a dense forward that also yields the LSE, later searches reuse that
-LSE; per-row top-k; text blocks are always kept; three levels of density from the recall of heads.
+From the paper: block mass W = sum of exp(q.k / sqrt(D) - LSE) over the pairs of a block (Eq. 12 to
+14); the first search is fused with a dense forward that also yields the LSE, later searches reuse
+that LSE; per-row top-k; text blocks are always kept; three levels of density from the recall of
+heads.
 Where the paper is silent or wrong:
 
 - Its pseudocode takes the logarithm of qk - LSE and leaves out the scale; the equation is followed.

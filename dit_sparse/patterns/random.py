@@ -23,10 +23,10 @@ class RandomBlocks(SparseConfig):
     paper: ClassVar[str] = "a floor, no paper"
 
     def find(self, search: Search) -> Found:
-        batch, length, heads, _ = search.query.shape
+        batch, _, heads, _ = search.query.shape
+        device = search.query.device
         blocks = search.grid.num_blocks(self.block_size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + search.layer)
-        scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(search.query.device)
-        kept = torch.full((batch, heads), blocks_of(self.density, blocks), device=scores.device)
-        forced = forced_blocks(search.grid, self.block_size, scores.device)
-        return Found(top_k_rows(scores, kept, forced))
+        scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
+        kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
+        return Found(top_k_rows(scores, kept, forced_blocks(search.grid, self.block_size, device)))

@@ -28,6 +28,7 @@ class Search:
 
     def mass(self, block_size: int, engine: str) -> Tensor:
         """Exact softmax mass of each block, (B, H, N, N) float32."""
+        assert self.lse is not None, "a method that asks for the mass sets uses_lse"
         return block_mass(self.query, self.key, self.lse, (block_size, block_size), engine=engine)
 
 

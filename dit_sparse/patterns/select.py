@@ -35,11 +35,9 @@ def forced_blocks(grid: VideoGrid, block_size: int, device: torch.device) -> Ten
     return forced
 
 
-def blocks_of(density: float | Tensor, num_blocks: int) -> int | Tensor:
-    """Blocks in a row of `num_blocks` at a density, at least one."""
-    if isinstance(density, Tensor):
-        return (density * num_blocks).round().long().clamp(1, num_blocks)
-    return min(max(round(density * num_blocks), 1), num_blocks)
+def blocks_of(density: Tensor, num_blocks: int) -> Tensor:
+    """Blocks kept in each row of `num_blocks`, int64, at least one; `density` of any shape."""
+    return (density * num_blocks).round().long().clamp(1, num_blocks)
 
 
 def kept_share(mass: Tensor, mask: Tensor) -> Tensor:

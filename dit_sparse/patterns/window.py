@@ -34,13 +34,12 @@ class Window(SparseConfig):
         centres = _centres(search.grid, self.order, self.block_size).to(device)
         centres[:, 0] *= self.time_scale
         scores = -torch.cdist(centres, centres)[None, None]
-        blocks = len(centres)
-        kept = torch.full((1, 1), blocks_of(self.density, blocks), device=device)
+        kept = blocks_of(torch.full((1, 1), self.density, device=device), len(centres))
         return Found(top_k_rows(scores, kept, forced_blocks(search.grid, self.block_size, device)))
 
 
 def _centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
-    """Mean (t, y, x) of each block's video tokens, (N, 3); a block of text alone sits at the origin."""
+    """Mean (t, y, x) of each block's video tokens, (N, 3); the origin for a block of text alone."""
     permutation, _ = token_order(grid, order, block_size)
     area = grid.height * grid.width
     place = torch.stack(
