@@ -2,16 +2,20 @@
 
 import difflib
 import logging
+from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from .attention import refuse_missing_triton
 from .config import SparseConfig
 from .denoising import Denoising
-from .grid import token_order
+from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, families, family_of
+from .pipelines.family import Family, Undo, families, family_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -49,26 +53,29 @@ def enable_sparse_attention(
 
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
-        ValueError: an unknown method, or an option with a value that is not allowed.
+        ValueError: an unknown method, an option with a value that is not allowed, or
+            engine="triton" on a machine where it cannot run.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
-    config, name = _config(method, options)
+    config, name = make_config(method, options)
+    if config.engine == "triton":
+        refuse_missing_triton("cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
+    _refuse_compiled(pipe)
     for transformer, _ in transformers:
-        _refuse_compiled(transformer)
         _refuse_sharded(transformer)
-    disable_sparse_attention(pipe)
-    owner = None if isinstance(pipe, nn.Module) else pipe
-    return SparseAttention(transformers, owner, name, config, measure, num_steps)
+    for handle in _handles(pipe):
+        handle.disable()
+        if handle.enabled_on() is not pipe:
+            handle.note("sparse attention was enabled again on a shared transformer: replaced")
+    return SparseAttention(transformers, pipe, name, config, measure, num_steps)
 
 
 def disable_sparse_attention(pipe: Any) -> None:
     """Undo `enable_sparse_attention`; does nothing where it is not enabled."""
-    for transformer, _ in _transformers(pipe):
-        handle = vars(transformer).get(_HANDLE)
-        if handle is not None:
-            handle.disable()
+    for handle in _handles(pipe):
+        handle.disable()
 
 
 def supported_pipelines() -> dict[str, tuple[str, ...]]:
@@ -93,20 +100,21 @@ class SparseAttention:
         measure: bool,
         num_steps: int | None,
     ):
-        self.method, self.config = method, config
+        self.method, self.config, self.enabled_on = method, config, ref(pipe)
         self._notes: list[str] = []
         if method == "auto":
             self._notes.append(f'method="auto" is {AUTO} in {config.order} order')
-        self._installed = [
-            Installation(transformer, family, pipe, config, measure, num_steps, self._note)
-            for transformer, family in transformers
-        ]
-        for transformer, _ in transformers:
-            setattr(transformer, _HANDLE, self)
+        self._installed: list[Installation] = []
+        with ExitStack() as undo:  # all transformers or none
+            for transformer, family in transformers:
+                installed = Installation(self, transformer, family, pipe, measure, num_steps)
+                undo.callback(installed.remove)
+                self._installed.append(installed)
+            self._undo = undo.pop_all()
 
     @property
     def enabled(self) -> bool:
-        return bool(self._installed) and self._installed[0].active
+        return all(vars(i.transformer).get(_HANDLE) is self for i in self._installed)
 
     def report(self) -> Report:
         """Figures of the last generation; kept after `disable`."""
@@ -120,10 +128,7 @@ class SparseAttention:
 
     def disable(self) -> None:
         """Leave the pipeline as it was; does nothing the second time."""
-        for installed in self._installed:
-            installed.remove()
-            if vars(installed.transformer).get(_HANDLE) is self:
-                delattr(installed.transformer, _HANDLE)
+        self._undo.close()
 
     def __enter__(self) -> "SparseAttention":
         return self
@@ -131,7 +136,8 @@ class SparseAttention:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Warn, and say it in the report too."""
         if text not in self._notes:
             self._notes.append(text)
             logger.warning(text)
@@ -140,34 +146,59 @@ class SparseAttention:
 class Installation:
     """Processors and hooks on one transformer, and how to take them off again."""
 
-    def __init__(self, transformer, family, pipe, config, measure, num_steps, note):
-        self.transformer, self.family, self.config, self.note = transformer, family, config, note
-        self.state = State()
-        self.active = True
-        self.denoising = Denoising(transformer, pipe, num_steps, on_end=self.state.drop)
+    def __init__(
+        self,
+        handle: SparseAttention,
+        transformer: nn.Module,
+        family: Family,
+        pipe: Any,
+        measure: bool,
+        num_steps: int | None,
+    ):
+        self.handle, self.transformer, self.family = handle, transformer, family
+        self.config, self.state = handle.config, State()
+        self.denoising = Denoising(pipe, num_steps)
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
-        self.processors: list[tuple[nn.Module, Any, Any]] = []  # module, ours, the one before
-        for index, module in enumerate(family.self_attentions(transformer)):
-            before = module.processor
-            ours = self._processor(index, before, measure)
-            module.set_processor(ours)
-            self.processors.append((module, ours, before))
-        self.undo = family.reorder_tokens(transformer, self._permutation)
-        hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
-        self.undo.append(hook.remove)
+        self.processors: list[tuple[Any, Any]] = []  # attention module, our processor
+        with ExitStack() as undo:  # what is done so far is undone if the rest fails
+            vars(transformer)[_HANDLE] = handle
+            undo.callback(vars(transformer).pop, _HANDLE)
+            undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
+            for module in family.self_attentions(transformer):
+                undo.callback(self._install_processor(module, measure))
+            for undo_hook in family.reorder_tokens(transformer, self._permutation):
+                undo.callback(undo_hook)
+            hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
+            undo.callback(hook.remove)
+            self._undo = undo.pop_all()
 
-    def _processor(self, index: int, before: Any, measure: bool) -> Any:
-        layer = LayerAttention(self.state, self.config, index, measure)
+    def _install_processor(self, module: Any, measure: bool) -> Undo:
+        before = module.processor
+        if type(before).__name__ != self.family.stock_processor:
+            self.handle.note(
+                f"{type(before).__name__} is put aside until sparse attention is disabled"
+            )
+        layer = LayerAttention(self.state, self.config, len(self.layers), measure)
         ours = self.family.processor(register_layer(layer))
-        ours._attention_backend = before._attention_backend
+        ours._attention_backend = getattr(before, "_attention_backend", None)
         layer.dense = ours.dense
+        module.set_processor(ours)
         self.layers.append(layer)
-        return ours
+        self.processors.append((module, ours))
 
+        def undo() -> None:
+            if module.processor is ours:
+                if hasattr(before, "_attention_backend"):
+                    before._attention_backend = ours._attention_backend
+                module.set_processor(before)
+
+        return undo
+
+    @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
     def _before_call(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        step, num_steps, branch = self.denoising.read(timestep)
+        given = dict(zip(("hidden_states", "timestep"), args)) | kwargs
+        hidden_states = given["hidden_states"]
+        step, num_steps, branch = self.denoising.read(given["timestep"])
         self.state.begin(
             Call(
                 self.family.grid(transformer, hidden_states),
@@ -178,58 +209,47 @@ class Installation:
                 hidden_states.dtype,
             )
         )
-        replaced = sum(module.processor is not ours for module, ours, _ in self.processors)
+        replaced = sum(module.processor is not ours for module, ours in self.processors)
         if replaced:
-            self.note(
+            self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
                 " without sparsity; enable sparse attention last"
             )
 
+    @torch.compiler.disable
     def _permutation(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Block order of the current call and its inverse on a device, None for raster order."""
         if self.config.density == 1 or self.config.order == "raster":
             return None
         assert self.state.call is not None
-        order = token_order(self.state.call.grid, self.config.order, self.config.block_size)
-        return _on_device(order, like.device)
+        return _order_on(
+            like.device, self.state.call.grid, self.config.order, self.config.block_size
+        )
 
     def remove(self) -> None:
-        if not self.active:
-            return
-        self.active = False
-        for undo in self.undo:
-            undo()
-        self.denoising.remove()
-        for module, ours, before in self.processors:
-            if module.processor is ours:
-                before._attention_backend = ours._attention_backend
-                module.set_processor(before)
+        self._undo.close()
         self.state.drop()
 
 
-_ON_DEVICE: dict[tuple, tuple[Tensor, Tensor]] = {}
+@lru_cache(maxsize=16)
+def _order_on(
+    device: torch.device, grid: VideoGrid, order: str, block_size: int
+) -> tuple[Tensor, Tensor]:
+    permutation, inverse = token_order(grid, order, block_size)
+    return permutation.to(device), inverse.to(device)
 
 
-def _on_device(order: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    if device.type == "cpu":
-        return order
-    key = id(order), device
-    if key not in _ON_DEVICE:
-        if len(_ON_DEVICE) >= 16:
-            _ON_DEVICE.clear()
-        _ON_DEVICE[key] = order[0].to(device), order[1].to(device)
-    return _ON_DEVICE[key]
-
-
-def _config(method: str | SparseConfig, options: dict) -> tuple[SparseConfig, str]:
+def make_config(method: str | SparseConfig, options: dict) -> tuple[SparseConfig, str]:
+    """The config that a method and its options give, and the method's name."""
     if isinstance(method, SparseConfig):
-        name = next(n for n, cls in METHODS.items() if cls is type(method))
+        cls = type(method)
+        name = next((name for name, known in METHODS.items() if known is cls), cls.__name__)
         values = {**method.to_dict(), **options}
     elif method == "auto" or method in METHODS:
         name, values = method, options
+        cls = METHODS[AUTO if name == "auto" else name]
     else:
         raise ValueError(f"unknown method {method!r}{_nearest(method, ['auto', *METHODS])}")
-    cls = METHODS[AUTO if name == "auto" else name]
     for option in options:
         if option not in cls.options():
             raise TypeError(f"{name} has no option {option!r}{_nearest(option, cls.options())}")
@@ -242,19 +262,15 @@ def _nearest(word: Any, choices: list[str]) -> str:
     return f"{hint} (there are {', '.join(choices)})"
 
 
+def _modules(pipe: Any) -> list[nn.Module]:
+    parts = [pipe] if isinstance(pipe, nn.Module) else getattr(pipe, "components", {}).values()
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
-    """The supported transformers in a pipeline, or the one given."""
-    if isinstance(pipe, nn.Module):
-        candidates = [pipe]
-    else:
-        components = getattr(pipe, "components", None)
-        candidates = [c for c in components.values() if isinstance(c, nn.Module)] if components else []
-    found = []
-    for candidate in candidates:
-        candidate = getattr(candidate, "_orig_mod", candidate)
-        family = family_of(candidate)
-        if family is not None:
-            found.append((candidate, family))
+    """The supported transformers in a pipeline, or the one given; a compiled one unwrapped."""
+    modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
+    found = [(module, family) for module in modules if (family := family_of(module)) is not None]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
         raise UnsupportedPipelineError(
@@ -264,13 +280,23 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     return found
 
 
-def _refuse_compiled(transformer: nn.Module) -> None:
-    blocks = transformer.modules()
-    if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
-        raise RuntimeError(
-            "the transformer is already compiled: enable first, compile second (load the pipeline"
-            " again, call enable_sparse_attention, then compile)"
+def _handles(pipe: Any) -> list[SparseAttention]:
+    """Handles that are enabled on any transformer of a pipeline."""
+    found = [vars(transformer).get(_HANDLE) for transformer, _ in _transformers(pipe)]
+    return list(dict.fromkeys(handle for handle in found if handle is not None))
+
+
+def _refuse_compiled(pipe: Any) -> None:
+    for module in _modules(pipe):
+        transformer = getattr(module, "_orig_mod", module)
+        compiled = transformer is not module or any(
+            getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
         )
+        if compiled and family_of(transformer) is not None:
+            raise RuntimeError(
+                "the transformer is already compiled: enable first, compile second (load the"
+                " pipeline again, call enable_sparse_attention, then compile)"
+            )
 
 
 def _refuse_sharded(transformer: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,30 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_DIM = 256
 
 
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len: Tensor | None = ...,
+    scale: float | None = ...,
+    engine: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len: Tensor | None = ...,
+    scale: float | None = ...,
+    engine: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -44,7 +69,8 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit, or an engine that cannot run here.
     """
     _check(query, key, value, block_mask, kv_len)
-    attend = _triton if choose_engine(engine, query, block_mask) == "triton" else reference.sparse_attention
+    engine = choose_engine(engine, query, block_mask)
+    attend = _triton if engine == "triton" else reference.sparse_attention
     output, lse = attend(query, key, value, block_mask, kv_len=kv_len, scale=scale)
     return (output, lse) if return_lse else output
 
@@ -72,16 +98,29 @@ def choose_engine(engine: str, query: Tensor, block_mask: BlockMask | None = Non
         return "torch"
     if engine not in ("auto", "triton"):
         raise ValueError(f"engine must be auto, triton or torch, got {engine!r}")
-    reason = why_not_triton(query.device)
-    if reason is None and engine == "auto" and query.device.type == "cuda":
-        block_size = (64, 64) if block_mask is None else block_mask.block_size
-        if not _agrees_with_reference(query.device, query.dtype, query.shape[-1], block_size):
-            return "torch"
-    if reason is None:
-        return "triton"
     if engine == "triton":
-        raise ValueError(f"engine='triton' cannot run here: {reason}; use engine='auto'")
+        refuse_missing_triton(query.device)
+        return "triton"
+    reason = why_not_triton(query.device)
+    if reason is not None:
+        if query.device.type == "cuda":
+            _warn_once(f"{reason}: torch is used instead, which is slow on a GPU")
+        return "torch"
+    block_size = (64, 64) if block_mask is None else block_mask.block_size
+    if _agrees_with_reference(query.device, query.dtype, query.shape[-1], block_size):
+        return "triton"
     return "torch"
+
+
+def refuse_missing_triton(device: torch.device | str) -> None:
+    reason = why_not_triton(device)
+    if reason is not None:
+        raise ValueError(f"engine='triton' cannot run here: {reason}; use engine='auto'")
+
+
+@lru_cache(maxsize=64)
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def why_not_triton(device: torch.device | str) -> str | None:
@@ -129,14 +168,14 @@ def _agrees_with_reference(
     block_mask = BlockMask.from_dense(mask, length, length, block_size)
     try:
         output, _ = _triton(query, key, value, block_mask, kv_len=None, scale=None)
-    except Exception as error:  # any failure of a compiler or a driver means the same: do not use it
+    except Exception as error:  # whatever fails in a compiler or a driver: do not use it
         logger.warning("Triton kernels failed on %s (%s); torch is used instead", device, error)
         return False
     exact, _ = reference.sparse_attention(query.float(), key.float(), value.float(), block_mask)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     if (output.float() - exact).abs().max() < tolerance:
         return True
-    logger.warning("Triton kernels disagree with the reference on %s, %s; torch is used", device, dtype)
+    logger.warning("Triton kernels are wrong on %s, %s; torch is used instead", device, dtype)
     return False
 
 

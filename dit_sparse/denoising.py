@@ -9,51 +9,55 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Denoising:
     """Follows one transformer through the denoising loop.
 
     Args:
-        transformer: its `cache_context` and end-of-run reset are watched until `remove`.
-        pipe: the pipeline, None where only a transformer was given.
+        pipe: the pipeline, or the bare transformer where there is none.
         num_steps: steps in all, where neither context nor pipeline tells.
-        on_end: called when the pipeline says that its run has ended.
     """
 
-    def __init__(
-        self, transformer: nn.Module, pipe: Any, num_steps: int | None, on_end: Callable[[], None]
-    ):
-        self._pipe = (lambda: None) if pipe is None else ref(pipe)
+    def __init__(self, pipe: Any, num_steps: int | None):
+        self._pipe = ref(pipe)
         self._num_steps = num_steps
-        self._on_end = on_end
-        self._transformer = transformer
         self._branch: str | None = None
-        self._fields: dict = {}
+        self._fields: dict[str, Any] = {}
         self._step = -1
         self._time: Tensor | None = None  # the loop's own tensor: one object a step
         self._calls_in_step = 0
-        self._watch()
 
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
-        self._count(timestep)
-        step = self._fields.get("step_index")
-        branch = self._branch or f"call_{self._calls_in_step}"
-        return self._step if step is None else step, self._steps_in_all(), branch
-
-    def _count(self, timestep: Tensor) -> None:
-        """Steps by the identity of the loop's timestep; a larger one than before is a new run."""
+        told = self._told_step()
         current = getattr(self._pipe(), "_current_timestep", None)
         current = timestep if current is None else current
         if current is self._time:
             self._calls_in_step += 1
-            return
-        if self._fields.get("step_index") is None:  # else nobody needs the count: spare the sync
-            rising = self._time is not None and float(current.max()) > float(self._time.max())
-            self._step = 0 if rising else self._step + 1
-        self._time, self._calls_in_step = current, 0
+        else:
+            if told is None:  # count timesteps; a larger one than before is a new run
+                rising = self._time is not None and float(current.max()) > float(self._time.max())
+                self._step = 0 if rising else self._step + 1
+            self._time, self._calls_in_step = current, 0
+        self._step = self._step if told is None else told
+        return self._step, self._steps_in_all(), self._branch or f"call_{self._calls_in_step}"
+
+    def _told_step(self) -> int | None:
+        """The step by diffusers' context, else by the pipeline's scheduler, None if neither knows.
+
+        The scheduler's is right for a second transformer that starts in the middle of a run, and
+        after a run that failed.
+        """
+        if self._fields.get("step_index") is not None:
+            return self._fields["step_index"]
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        if not hasattr(scheduler, "step_index"):
+            return None
+        if scheduler.step_index is None:  # until its first step
+            return 0
+        return scheduler.step_index - (getattr(scheduler, "begin_index", None) or 0)
 
     def _steps_in_all(self) -> int:
         known = self._fields.get("num_inference_steps")
@@ -69,15 +73,16 @@ class Denoising:
     def reset(self) -> None:
         self._step, self._time, self._calls_in_step = -1, None, 0
 
-    def _watch(self) -> None:
-        """Shadow two methods on the instance.
+    def watch(self, transformer: Any, on_end: Callable[[], None]) -> Callable[[], None]:
+        """Shadow two methods on the instance; returns how to undo it.
 
         A diffusers hook would wrap `forward` to learn the same, and be dropped or drop others when
         offloading wraps it too.
+
+        Args:
+            on_end: called when the pipeline says that its run has ended.
         """
-        original = getattr(self._transformer, "cache_context", None)
-        if original is None:
-            return
+        original, reset = transformer.cache_context, transformer._reset_stateful_cache
 
         @contextlib.contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
@@ -88,16 +93,16 @@ class Denoising:
             finally:
                 self._branch, self._fields = None, {}
 
-        reset = self._transformer._reset_stateful_cache
-
         def reset_stateful_cache(*args: Any, **kwargs: Any) -> None:
             self.reset()
-            self._on_end()
+            on_end()
             reset(*args, **kwargs)
 
-        self._transformer.cache_context = cache_context  # type: ignore[method-assign]
-        self._transformer._reset_stateful_cache = reset_stateful_cache  # type: ignore
+        shadows = {"cache_context": cache_context, "_reset_stateful_cache": reset_stateful_cache}
+        vars(transformer).update(shadows)
 
-    def remove(self) -> None:
-        for name in ("cache_context", "_reset_stateful_cache"):
-            self._transformer.__dict__.pop(name, None)
+        def undo() -> None:
+            for name in shadows:
+                vars(transformer).pop(name, None)
+
+        return undo

@@ -11,12 +11,12 @@ import torch
 from packaging.version import Version
 
 from .metrics import torchvision_problem
+from .pipelines.family import families
 
 BOX = Path("samples") / "wan_tiny"
 CALL_FILE = "dit_sparse.json"
 CALL_ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-# Frames per second that each family was trained on; nothing in a checkpoint says it.
-FAMILY_FPS = {"Wan": 16, "HunyuanVideo": 15, "CogVideoX": 8, "LTX": 24, "Mochi": 30, "SkyReels": 24}
+DEFAULT_FPS = 16
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -35,7 +35,7 @@ class CallArguments:
     """
 
     call: dict[str, Any]
-    fps: float = 16
+    fps: float = DEFAULT_FPS
     prompts: tuple[str, ...] = ()
     noise_floor: dict[str, Any] | None = None
     chance: dict[str, Any] | None = None
@@ -149,14 +149,14 @@ def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
         stored = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
         return CallArguments(
             call={name: stored[name] for name in CALL_ARGUMENTS if name in stored},
-            fps=stored.get("fps", 16),
+            fps=stored.get("fps", DEFAULT_FPS),
             prompts=tuple(stored.get("prompts", ())),
             noise_floor=stored.get("noise_floor"),
             chance=stored.get("chance"),
         )
     call = {name: known[name].default for name in CALL_ARGUMENTS if name in known}
-    family = [fps for name, fps in FAMILY_FPS.items() if type(pipe).__name__.startswith(name)]
+    fps = [family.fps for family in families() if type(pipe).__name__ in family.pipelines]
     return CallArguments(
         call={name: value for name, value in call.items() if value is not None},
-        fps=family[0] if family else 16,
+        fps=fps[0] if fps else DEFAULT_FPS,
     )

@@ -32,9 +32,9 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
     name, _, rest = text.partition(":")
     spec = MethodSpec(text, name.strip().lower(), parse_options(rest))
     if not (allow_dense and spec.name == DENSE):
-        from .api import _config
+        from .api import make_config
 
-        _config(spec.name, spec.options)  # now, not after minutes of loading
+        make_config(spec.name, spec.options)  # now, not after minutes of loading
     return spec
 
 

@@ -17,6 +17,7 @@ class Report:
             `measure=True`, else known from the searches alone; None where unknown.
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
+        engines: what computed the sparse calls.
         peak_cache_bytes: largest size of masks and log-sum-exps kept between steps.
         notes: what ran otherwise than asked, and why.
         trace: one entry per attention call: branch, step, layer, kind, density and kept_mass
@@ -32,6 +33,7 @@ class Report:
     dense_calls: int
     search_calls: int
     reuse_calls: int
+    engines: list[str]
     peak_cache_bytes: int
     notes: list[str] = field(default_factory=list)
     trace: list[dict] = field(default_factory=list, repr=False)
@@ -47,20 +49,24 @@ class Report:
             f"kept mass       {percent(self.kept_mass)}",
             f"attention calls {self.dense_calls} dense, {self.search_calls} searches,"
             f" {self.reuse_calls} reuses in {self.steps} steps",
+            f"engine          {', '.join(self.engines) or '-'}",
             f"cache           {self.peak_cache_bytes / 2**20:.2f} MiB at most",
         ]
         return "\n".join(lines + [f"note            {note}" for note in self.notes])
 
 
-def make_report(method: str, config: dict, states: list[State], layers: list[int], notes: list[str]) -> Report:
+def make_report(
+    method: str, config: dict, states: list[State], layers: list[int], notes: list[str]
+) -> Report:
     """Sum up the logs of a pipeline's transformers; `layers` counts the sparse layers of each."""
     records = [record for state in states for record in state.trace]
     dense_equivalent = sum(state.calls * count for state, count in zip(states, layers))
     trace = [_entry(record) for record in records]
     cost = sum(_mean(entry["density"], 1.0) for entry in trace) + sum(r.extra_cost for r in records)
-    sparse = [entry for entry in trace if entry["kind"] == "reuse"]
-    measured = [entry for entry in sparse if entry["kept_mass"]]
-    measured = measured or [entry for entry in trace if entry["kept_mass"]]
+    sparse = [entry for entry in trace if entry["density"]]
+    measured = [entry for entry in trace if entry["kept_mass"]]
+    if any(entry["kind"] == "reuse" for entry in measured):
+        measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
     return Report(
         method=method,
@@ -72,6 +78,7 @@ def make_report(method: str, config: dict, states: list[State], layers: list[int
         dense_calls=kinds.count("dense"),
         search_calls=kinds.count("search"),
         reuse_calls=kinds.count("reuse"),
+        engines=sorted(set().union(*(state.engines for state in states))),
         peak_cache_bytes=sum(state.peak_bytes for state in states),
         notes=list(notes),
         trace=trace,

@@ -52,7 +52,7 @@ class Record:
     step: int
     layer: int
     kind: Kind
-    density: Tensor | None  # (H,), None where dense
+    density: Tensor | None  # (H,), None where the output is dense
     kept_mass: Tensor | None  # (H,), None where not measured
     extra_cost: float = 0.0  # search and measurement, as a share of dense attention
 
@@ -66,15 +66,17 @@ class State:
     trace: list[Record] = field(default_factory=list)
     calls: int = 0
     peak_bytes: int = 0
+    engines: set[str] = field(default_factory=set)
     last_step: dict[str, int] = field(default_factory=dict)
 
     def begin(self, call: Call) -> None:
         """Publish a call; a new run or another shape, dtype or device drops everything kept."""
         other = self.call is not None and self.call.signature != call.signature
-        if other or call.step <= self.last_step.get(call.branch, -1) or call.step < self.latest_step:
+        back = call.step < self.latest_step or call.step == self.last_step.get(call.branch)
+        if other or back:
             self.drop()
         if not self.last_step:
-            self.trace, self.calls, self.peak_bytes = [], 0, 0
+            self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
         self.call = call
         self.calls += 1
         self.last_step[call.branch] = call.step

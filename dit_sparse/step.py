@@ -6,13 +6,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .attention import sparse_attention
+from .attention import choose_engine, sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig
 from .dense import dense_attention_with_lse
 from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.search import Search
-from .schedule import step_kind
+from .schedule import Kind, step_kind
 from .state import Kept, Record, State
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,17 +50,19 @@ class LayerAttention:
         if kind == "dense":
             self._log("dense")
             return self.dense(query, key, value)
-        if kind == "reuse":
-            return self._sparse("reuse", query, key, value, kept)
-        return self._search(query, key, value, kept)
+        if kind == "search" or kept is None:
+            return self._search(query, key, value, kept)
+        return self._sparse("reuse", query, key, value, kept)
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
         kept = self.state.kept.get((self.state.call.branch, self.layer))
         if kept is None:
             return None
-        batch = kept.mask.bits.shape[0] if kept.lse is None else kept.lse.shape[0]
-        return kept if batch in (1, query.shape[0]) else None
+        batch = query.shape[0]
+        if kept.lse is not None:
+            return kept if kept.lse.shape[0] == batch else None
+        return kept if kept.mask.bits.shape[0] in (1, batch) else None
 
     def _search(self, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
         """Find a mask. With an LSE from an earlier step the output is sparse, else dense."""
@@ -77,21 +79,34 @@ class LayerAttention:
         score_cost = 0.5 if self.config.uses_lse else 0.0
         if output is None:
             return self._sparse("search", query, key, value, kept, score_cost)
-        full = torch.ones_like(mask.density)
-        self._log("search", full, found.kept_mass, score_cost)
+        self._log("search", None, found.kept_mass, score_cost)
         return output
 
     def _sparse(
-        self, kind, query: Tensor, key: Tensor, value: Tensor, kept: Kept, extra_cost: float = 0.0
+        self,
+        kind: Kind,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kept: Kept,
+        extra_cost: float = 0.0,
     ) -> Tensor:
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
-        return sparse_attention(query, key, value, kept.mask, engine=self.config.engine)
+        engine = choose_engine(self.config.engine, query, kept.mask)
+        self.state.engines.add(engine)
+        return sparse_attention(query, key, value, kept.mask, engine=engine)
 
-    def _log(self, kind, density=None, kept_mass=None, extra_cost: float = 0.0) -> None:
+    def _log(
+        self,
+        kind: Kind,
+        density: Tensor | None = None,
+        kept_mass: Tensor | None = None,
+        extra_cost: float = 0.0,
+    ) -> None:
         call = self.state.call
         self.state.trace.append(
             Record(call.branch, call.step, self.layer, kind, density, kept_mass, extra_cost)

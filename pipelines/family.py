@@ -18,21 +18,25 @@ class Family:
         transformers: class names, matched along the class hierarchy.
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
+        fps: frames per second that the models were trained on.
+        stock_processor: class name of diffusers' own attention processor.
         processor: class of the attention processor, built with the slot of its layer, with a
             method `dense` (query, key, value) -> output on (B, S, H, D).
         grid: (transformer, hidden_states) -> VideoGrid of that call.
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
-        reorder_tokens: installs the hooks of the token order, returns how to undo each.
+        reorder_tokens: installs the hooks of the token order one by one, yields how to undo each.
     """
 
     name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
     guidance: str
+    fps: float
+    stock_processor: str
     processor: type
     grid: Callable[[nn.Module, Tensor], VideoGrid]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
-    reorder_tokens: Callable[[nn.Module, Callable], list[Undo]]
+    reorder_tokens: Callable[[nn.Module, Callable], Iterable[Undo]]
 
 
 def families() -> tuple[Family, ...]:

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2: video-only self-attention in `attn1`, text in a cross-attention of its own."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -65,18 +66,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def grid(transformer: nn.Module, hidden_states: Tensor) -> VideoGrid:
+def grid(transformer: Any, hidden_states: Tensor) -> VideoGrid:
     """Tokens of a latent video (B, C, T, H, W) after patching."""
     sizes = [n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size)]
     return VideoGrid(*sizes)
 
 
-def self_attentions(transformer: nn.Module) -> Iterator[nn.Module]:
+def self_attentions(transformer: Any) -> Iterator[nn.Module]:
     for block in transformer.blocks:
         yield block.attn1
 
 
-def reorder_tokens(transformer: nn.Module, permutation_for: PermutationFor) -> list[Undo]:
+def reorder_tokens(transformer: Any, permutation_for: PermutationFor) -> Iterator[Undo]:
     """Hooks that put the tokens in block order once a call, and back before the output norm.
 
     Every per-token input moves alike: embedded patches, RoPE tables and, where timesteps are given
@@ -101,13 +102,10 @@ def reorder_tokens(transformer: nn.Module, permutation_for: PermutationFor) -> l
         order = permutation_for(args[0])
         return args if order is None else (args[0][:, order[1]], *args[1:])
 
-    handles = [
-        transformer.patch_embedding.register_forward_hook(patches),
-        transformer.rope.register_forward_hook(rope),
-        transformer.condition_embedder.register_forward_hook(timesteps),
-        transformer.norm_out.register_forward_pre_hook(restore),
-    ]
-    return [handle.remove for handle in handles]
+    yield transformer.patch_embedding.register_forward_hook(patches).remove
+    yield transformer.rope.register_forward_hook(rope).remove
+    yield transformer.condition_embedder.register_forward_hook(timesteps).remove
+    yield transformer.norm_out.register_forward_pre_hook(restore).remove
 
 
 WAN = Family(
@@ -115,6 +113,8 @@ WAN = Family(
     transformers=("WanTransformer3DModel",),
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     guidance="two calls",
+    fps=16,
+    stock_processor="WanAttnProcessor",
     processor=WanSparseAttnProcessor,
     grid=grid,
     self_attentions=self_attentions,

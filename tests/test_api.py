@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from tiny import tiny_wan
 
+import dit_sparse
 from dit_sparse import (
     AdaSpa,
     UnsupportedPipelineError,
@@ -14,6 +16,8 @@ from dit_sparse import (
     enable_sparse_attention,
     supported_pipelines,
 )
+from dit_sparse.attention import refuse_missing_triton, why_not_triton
+from dit_sparse.config import SparseConfig
 
 
 @pytest.mark.parametrize("thing", [object(), torch.nn.Linear(2, 2), None, "wan"])
@@ -43,11 +47,50 @@ def test_listings():
         assert config.__doc__ and config.paper, name
 
 
-def test_core_imports_without_diffusers_and_triton():
-    code = (
-        "import sys; sys.modules['diffusers'] = sys.modules['triton'] = None; import torch, dit_sparse;"
-        "x = torch.randn(1, 100, 2, 16);"
-        "print(dit_sparse.sparse_attention(x, x, x, dit_sparse.BlockMask.full(100, 100)).shape)"
-    )
+def test_methods_of_the_user_work_like_ours():
+    @dataclass(frozen=True)
+    class FirstBlocks(SparseConfig):
+        """Every row keeps the first blocks."""
+
+    handle = enable_sparse_attention(tiny_wan(), FirstBlocks(), density=0.4)
+    assert handle.method == "FirstBlocks" and handle.config == FirstBlocks(density=0.4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_is_refused_when_enabling():
+    pipe = tiny_wan()
+    with pytest.raises(ValueError, match="need a GPU.*use engine='auto'"):
+        enable_sparse_attention(pipe, engine="triton")
+    assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert why_not_triton("cuda") == "triton is not installed"
+    with pytest.raises(ValueError, match="triton is not installed; use engine='auto'"):
+        refuse_missing_triton("cuda")
+
+
+def python(code: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_core_imports_without_diffusers_and_triton():
+    python(
+        "import sys; sys.modules['diffusers'] = sys.modules['triton'] = None\n"
+        "import torch, dit_sparse\n"
+        "x = torch.randn(1, 100, 2, 16)\n"
+        "dit_sparse.sparse_attention(x, x, x, dit_sparse.BlockMask.full(100, 100))"
+    )
+
+
+def test_command_line_imports_without_torch():
+    python("import sys; sys.modules['torch'] = None; import dit_sparse.cli")
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(dit_sparse, name) for name in dit_sparse.__all__)
+    assert set(dit_sparse.__all__) <= set(dir(dit_sparse))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dit_sparse.nothing  # noqa: B018

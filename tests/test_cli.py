@@ -13,11 +13,12 @@ import torch
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from dit_sparse import failure, generation
+from dit_sparse import failure, generation, step
 from dit_sparse.cli import app
 from dit_sparse.method_spec import parse_method
 
 SMALL = "adaspa:density=0.5,block_size=32"
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def invoke(*arguments: str):
@@ -91,6 +92,7 @@ def test_method_options_are_read_as_python_values():
         ("adaspa:densty=0.5", "did you mean 'density'"),
         ("adaspa:density", "density=0.2"),
         ("adaspa:density=abc", "'abc'"),
+        pytest.param("adaspa:engine=triton", "use engine='auto'", marks=NEEDS_NO_GPU),
     ],
 )
 @pytest.mark.parametrize("command", ["compare", "generate"])
@@ -124,7 +126,7 @@ def test_bad_numbers_are_refused(tmp_path):
     assert "--device" in refused(2, *base, "--device", "gpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@NEEDS_NO_GPU
 def test_a_gpu_that_is_not_there_is_refused():
     assert "--device cpu" in refused(2, "compare", "-p", tiny_folder(), "--device", "cuda")
 
@@ -165,6 +167,20 @@ def test_a_failure_in_the_run_tells_what_was_kept(tmp_path, monkeypatch, error, 
     line = refused(code, *arguments)
     assert words in line and "1 finished video" in line
     assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_out_of_memory_in_the_attention_keeps_what_was_compared(tmp_path, monkeypatch):
+    real, calls = step.sparse_attention, iter(range(1000))
+
+    def fails_late(*args, **kwargs):
+        if next(calls) == 6:  # after the warm-up, in the first sparse clip
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(step, "sparse_attention", fails_late)
+    line = refused(1, "compare", "-p", tiny_folder(), "-m", SMALL, "-o", tmp_path, "-q")
+    assert "fewer --frames" in line and "finished videos and report.json" in line
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
 
 
 def test_debug_shows_the_error_itself():

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import tiny_wan
 
 from dit_sparse import disable_sparse_attention, enable_sparse_attention
@@ -38,8 +39,8 @@ def leftovers(module):
     """Everything that a hook or a patch could have left on a module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hooks = [hook for m in module.modules() for kind in kinds for hook in getattr(m, kind).values()]
-    patched = {"cache_context", "_reset_stateful_cache", "forward", "_dit_sparse_handle"} & set(vars(module))
-    return hooks, patched
+    names = {"cache_context", "_reset_stateful_cache", "forward", "_dit_sparse_handle"}
+    return hooks, names & set(vars(module))
 
 
 def test_density_one_equals_stock_bit_for_bit_through_our_processors(pipe):
@@ -125,17 +126,21 @@ def test_batch_gives_each_sample_what_it_gets_alone(pipe):
     assert (both[1] - alone[0]).abs().max() < 1e-4
 
 
-def test_an_exception_inside_a_run_does_not_poison_the_next(pipe):
+@pytest.mark.parametrize("failing_call", [1, 2, 8])  # in either branch, at either kind of step
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_exception_inside_a_run_does_not_poison_the_next(pipe, error, failing_call):
     enable_sparse_attention(pipe, **SPARSE)
     expected = generate(pipe)
+    calls = iter(range(1, 100))
 
-    def stop(pipe, step, timestep, kwargs):
-        if step == 3:
-            raise KeyboardInterrupt
-        return kwargs
+    def fail(module, args):
+        if next(calls) == failing_call:
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        generate(pipe, callback_on_step_end=stop)
+    hook = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        generate(pipe)
+    hook.remove()
     assert generate(pipe).equal(expected)
 
 
@@ -178,10 +183,10 @@ def test_steps_and_branches_without_cache_contexts(pipe):
     """Wan video-to-video calls the transformer outside of any context."""
     handle = enable_sparse_attention(pipe.transformer, num_steps=5, **SPARSE)
     latents, text = torch.randn(1, 16, 3, 12, 12), torch.randn(1, 16, 32)
-    for run in range(2):
+    for _ in range(2):
         for time in torch.linspace(900, 100, 5):
             timestep = time.expand(1)
-            for _ in range(2):
+            for _branch in range(2):
                 with torch.no_grad():
                     pipe.transformer(latents, timestep, text)
         report = handle.report()
@@ -199,6 +204,32 @@ def test_enabling_again_replaces(pipe):
     disable_sparse_attention(pipe)
     disable_sparse_attention(pipe)
     assert leftovers(pipe.transformer) == ([], set()) and generate(pipe).equal(stock)
+
+
+def test_a_second_pipeline_on_the_same_transformer_replaces_and_says_so(pipe, caplog):
+    first = enable_sparse_attention(pipe, **SPARSE)
+    second = enable_sparse_attention(WanPipeline(**pipe.components), "window", **SPARSE)
+    assert not first.enabled and second.enabled
+    assert any("shared" in note for note in first.report().notes)
+    assert any("shared" in message for message in caplog.messages)
+    first.disable()
+    assert second.enabled
+    second.disable()
+    assert leftovers(pipe.transformer) == ([], set())
+
+
+def test_a_failure_while_enabling_leaves_every_transformer_as_it_was(pipe):
+    second = WanTransformer3DModel.from_config(pipe.transformer.config).eval()
+    pipe = WanPipeline(**pipe.components | {"transformer_2": second}, boundary_ratio=0.875)
+    before = [block.attn1.processor for t in (pipe.transformer, second) for block in t.blocks]
+    norm_out = second.norm_out
+    second.norm_out = None  # the last hook of the second transformer finds nothing to hang on
+    with pytest.raises(AttributeError):
+        enable_sparse_attention(pipe, **SPARSE)
+    second.norm_out = norm_out
+    after = [block.attn1.processor for t in (pipe.transformer, second) for block in t.blocks]
+    assert after == before
+    assert leftovers(pipe.transformer) == leftovers(second) == ([], set())
 
 
 def test_two_pipelines_with_different_configs(pipe):
@@ -232,11 +263,29 @@ def test_compiles_to_one_graph_per_block_kind():
     assert counter.frame_count == 1
 
 
-def test_compiled_first_is_refused(pipe):
-    pipe.transformer.compile_repeated_blocks(backend="eager")
+@pytest.mark.parametrize("how", ["blocks", "in place", "wrapped"])
+def test_compiled_first_is_refused(pipe, how):
+    transformer = pipe.transformer
+    if how == "blocks":
+        transformer.compile_repeated_blocks(backend="eager")
+    elif how == "in place":
+        transformer.compile(backend="eager")
+    else:
+        pipe.transformer = torch.compile(transformer, backend="eager")
     with pytest.raises(RuntimeError, match="enable first, compile second"):
         enable_sparse_attention(pipe)
-    assert leftovers(pipe.transformer) == ([], set())
+    assert leftovers(transformer) == ([], set())
+
+
+def test_enabled_first_and_wrapped_by_compile_second_runs_and_can_be_undone(pipe):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    eager = generate(pipe)
+    transformer = pipe.transformer
+    pipe.transformer = torch.compile(transformer, backend="eager")
+    assert (generate(pipe) - eager).abs().max() < 1e-5
+    assert handle.report().reuse_calls > 0
+    disable_sparse_attention(pipe)
+    assert leftovers(transformer) == ([], set())
 
 
 def test_fused_projections(pipe):
@@ -252,6 +301,19 @@ def test_replaced_processors_are_reported(pipe, caplog):
     generate(pipe)
     assert any("replaced" in note for note in handle.report().notes)
     assert any("replaced" in message for message in caplog.messages)
+
+
+class OwnProcessor(WanAttnProcessor):
+    pass
+
+
+def test_processors_of_the_user_are_put_aside_and_come_back(pipe):
+    own = OwnProcessor()
+    for block in pipe.transformer.blocks:
+        block.attn1.set_processor(own)
+    with enable_sparse_attention(pipe, **SPARSE) as handle:
+        assert any("OwnProcessor" in note for note in handle.report().notes)
+    assert all(block.attn1.processor is own for block in pipe.transformer.blocks)
 
 
 def test_the_users_backend_runs_the_dense_steps(pipe):
@@ -286,3 +348,5 @@ def test_measured_cost_and_mass(pipe):
     total = sum(by_hand) + 0.5 * len(searches) + rows * len(sampled)
     assert report.effective_cost == pytest.approx(total / len(report.trace))
     assert "effective cost" in str(report)
+    assert report.engines == ["torch"]
+    assert all((e["density"] is None) == (e["step"] <= 1) for e in report.trace)

@@ -17,8 +17,6 @@ from diffusers import (
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for one another
-
 SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2, "<s>": 3}
 CALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 3.0}
 

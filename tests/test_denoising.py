@@ -1,0 +1,62 @@
+"""Step and branch where diffusers' context does not tell them."""
+
+from types import SimpleNamespace
+
+import torch
+
+from dit_sparse.denoising import Denoising
+
+
+class Pipeline:
+    """As much of a pipeline as is looked at; its scheduler counts from the second step on."""
+
+    def __init__(self, steps=4, begin_index=None):
+        self.scheduler = SimpleNamespace(step_index=None, begin_index=begin_index)
+        self._num_timesteps = steps
+        self._current_timestep = None
+
+    def run(self, models, calls=2, fail_at=None):
+        """What each model in `models` (one for each step) reads at its calls."""
+        start = self.scheduler.begin_index or 0
+        self.scheduler.step_index, seen = None, []
+        for step, model in enumerate(models):
+            self._current_timestep = torch.tensor(900.0 - 100 * step)
+            seen += [model.read(self._current_timestep.expand(1)) for _ in range(calls)]
+            if step == fail_at:
+                return seen
+            self.scheduler.step_index = start + step + 1
+        return seen
+
+
+def test_second_transformer_starts_in_the_middle():
+    pipe = Pipeline()
+    high, low = Denoising(pipe, None), Denoising(pipe, None)
+    seen = pipe.run([high, high, low, low], calls=1)
+    assert seen == [(step, 4, "call_0") for step in range(4)]
+
+
+def test_a_run_that_failed_at_its_first_step_does_not_count():
+    pipe = Pipeline()
+    model = Denoising(pipe, None)
+    expected = pipe.run([model] * 4)
+    assert pipe.run([model] * 4, fail_at=0) == expected[:2]
+    assert pipe.run([model] * 4) == expected
+    assert [branch for _, _, branch in expected[:2]] == ["call_0", "call_1"]
+
+
+def test_video_to_video_begins_inside_the_schedule():
+    pipe = Pipeline(steps=2, begin_index=2)
+    model = Denoising(pipe, None)
+    assert pipe.run([model] * 2, calls=1) == [(0, 2, "call_0"), (1, 2, "call_0")]
+
+
+def test_steps_are_counted_where_the_scheduler_does_not():
+    pipe = Pipeline()
+    del pipe.scheduler
+    model = Denoising(pipe, None)
+    for _ in range(2):
+        steps = []
+        for step in range(4):
+            pipe._current_timestep = torch.tensor(900.0 - 100 * step)
+            steps.append(model.read(pipe._current_timestep)[0])
+        assert steps == [0, 1, 2, 3]
