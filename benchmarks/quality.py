@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
@@ -128,11 +127,12 @@ def sparse_share(report):
 
 def main_part(runner):
     if torch.cuda.is_available():
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            runner.dense, _ = runner.generate()
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            frames, seconds = runner.generate()
+        runner.pipe.transformer.set_attention_backend("_native_cudnn")
+        runner.dense, _ = runner.generate()
+        runner.pipe.transformer.set_attention_backend("_native_flash")
+        frames, seconds = runner.generate()
         runner.score("noise floor: cuDNN against FlashAttention-2", frames, seconds)
+        runner.pipe.transformer.set_attention_backend("native")
         runner.dense, _ = runner.generate()
     frames, seconds = runner.generate(seed_offset=1000)
     runner.score("chance: another seed", frames, seconds)
