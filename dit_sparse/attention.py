@@ -148,7 +148,7 @@ def _triton(
         indices,
         block_size=block_mask.block_size,
         scale=scale,
-        kv_len=kv_len,
+        kv_len=None if kv_len is None else kv_len.to(query.device, torch.int32),
     )
 
 

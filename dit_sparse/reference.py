@@ -88,12 +88,16 @@ def _attend(
     """query (R, bq, D), key and value (R, K, D), bias (R, 1, K) or None."""
     if query.device.type == "cpu":
         # torch's fused CPU kernel also returns the log-sum-exp, in natural log
+        mask = None
         if bias is not None:
-            bias = bias.to(query.dtype).expand(-1, query.shape[1], -1).unsqueeze(1)
+            mask = bias.to(query.dtype).expand(-1, query.shape[1], -1).unsqueeze(1)
         q, k, v = (x.unsqueeze(1) for x in (query, key, value))
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = fused(q, k, v, attn_mask=bias, scale=scale)
-        return out.squeeze(1), lse.squeeze(1).float()
+        out, lse = fused(q, k, v, attn_mask=mask, scale=scale)
+        lse = lse.squeeze(1).float()
+        if bias is not None:  # the kernel gives 0 to a row without keys
+            lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+        return out.squeeze(1), lse
     scores = (query @ key.transpose(-1, -2)).float() * scale
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(-1)

@@ -62,6 +62,14 @@ def test_samples_of_different_valid_length():
     torch.testing.assert_close(output.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_samples_without_a_valid_key_are_zero_with_lse_minus_infinity():
+    query, key, value = inputs(150, 150)
+    packed = BlockMask.full(150, 150)
+    kv_len = torch.tensor([0, 70])
+    output, lse = sparse_attention(query, key, value, packed, kv_len=kv_len, return_lse=True)
+    assert (output[0] == 0).all() and lse[0].isneginf().all() and lse[1].isfinite().all()
+
+
 def test_any_strides():
     base = torch.randn(3, 2, 4, 140, 64)  # (qkv, B, H, S, 2D)
     query, key, value = base.transpose(2, 3)[..., ::2]
