@@ -136,6 +136,12 @@ class SparseAttention:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
+    def __reduce__(self) -> Any:
+        raise RuntimeError(
+            "sparse attention is enabled: disable it before you copy or pickle the transformer, and"
+            " enable it again on both"
+        )
+
     def note(self, text: str) -> None:
         """Warn, and say it in the report too."""
         if text not in self._notes:

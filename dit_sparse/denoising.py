@@ -57,7 +57,8 @@ class Denoising:
             return None
         if scheduler.step_index is None:  # until its first step
             return 0
-        return scheduler.step_index - (getattr(scheduler, "begin_index", None) or 0)
+        # A run that starts from a video takes the last steps of the schedule.
+        return scheduler.step_index - (len(scheduler.timesteps) - self._steps_in_all())
 
     def _steps_in_all(self) -> int:
         known = self._fields.get("num_inference_steps")

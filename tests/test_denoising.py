@@ -10,14 +10,14 @@ from dit_sparse.denoising import Denoising
 class Pipeline:
     """As much of a pipeline as is looked at; its scheduler counts from the second step on."""
 
-    def __init__(self, steps=4, begin_index=None):
-        self.scheduler = SimpleNamespace(step_index=None, begin_index=begin_index)
+    def __init__(self, steps=4):
+        self.scheduler = SimpleNamespace(step_index=None, timesteps=torch.zeros(4))
         self._num_timesteps = steps
         self._current_timestep = None
 
     def run(self, models, calls=2, fail_at=None):
         """What each model in `models` (one for each step) reads at its calls."""
-        start = self.scheduler.begin_index or 0
+        start = len(self.scheduler.timesteps) - self._num_timesteps
         self.scheduler.step_index, seen = None, []
         for step, model in enumerate(models):
             self._current_timestep = torch.tensor(900.0 - 100 * step)
@@ -45,7 +45,7 @@ def test_a_run_that_failed_at_its_first_step_does_not_count():
 
 
 def test_video_to_video_begins_inside_the_schedule():
-    pipe = Pipeline(steps=2, begin_index=2)
+    pipe = Pipeline(steps=2)
     model = Denoising(pipe, None)
     assert pipe.run([model] * 2, calls=1) == [(0, 2, "call_0"), (1, 2, "call_0")]
 

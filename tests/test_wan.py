@@ -1,12 +1,14 @@
 """Wan end to end on random weights: exactness, state, undo, compile."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from PIL import Image
 from tiny import tiny_wan
 
 from dit_sparse import disable_sparse_attention, enable_sparse_attention
@@ -195,6 +197,26 @@ def test_steps_and_branches_without_cache_contexts(pipe):
         assert report.dense_calls == 2 * 2  # one warm-up step
 
 
+def test_video_to_video_runs_the_last_steps_of_a_schedule(pipe):
+    parts = {name: pipe.components[name] for name in WanVideoToVideoPipeline._get_signature_types()}
+    pipe = WanVideoToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    pipe(
+        video=[Image.new("RGB", (96, 96), (20 * i, 0, 0)) for i in range(9)],
+        prompt_embeds=torch.randn(1, 16, 32),
+        negative_prompt_embeds=torch.randn(1, 16, 32),
+        height=96,
+        width=96,
+        num_inference_steps=8,
+        strength=0.8,
+        output_type="latent",
+    )
+    kinds = dict.fromkeys((entry["step"], entry["kind"]) for entry in handle.report().trace)
+    names = ["dense", "search", "reuse", "reuse", "search", "reuse"]
+    assert list(kinds) == list(enumerate(names))
+
+
 def test_enabling_again_replaces(pipe):
     stock = generate(pipe)
     enable_sparse_attention(pipe, **SPARSE)
@@ -230,6 +252,12 @@ def test_a_failure_while_enabling_leaves_every_transformer_as_it_was(pipe):
     after = [block.attn1.processor for t in (pipe.transformer, second) for block in t.blocks]
     assert after == before
     assert leftovers(pipe.transformer) == leftovers(second) == ([], set())
+
+
+def test_an_enabled_transformer_cannot_be_copied(pipe):
+    with enable_sparse_attention(pipe), pytest.raises(RuntimeError, match="disable it before"):
+        copy.deepcopy(pipe.transformer)
+    copy.deepcopy(pipe.transformer)
 
 
 def test_two_pipelines_with_different_configs(pipe):
