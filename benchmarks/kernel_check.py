@@ -28,11 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
+
 from dit_sparse.kernels import block_sparse_fwd as forward  # noqa: E402
 from dit_sparse.kernels import dot  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
-from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
 
 SHAPES = [  # name, heads, tokens, head dim
     ("wan-1.3b-aligned", 12, 32768, 128),

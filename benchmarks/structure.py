@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from diffusers import WanPipeline  # noqa: E402
+from prompt_check import make_test_prompts  # noqa: E402
+
 from dit_sparse import enable_sparse_attention  # noqa: E402
 from dit_sparse.attention import block_mass  # noqa: E402
 from dit_sparse.dense import dense_attention_with_lse  # noqa: E402
 from dit_sparse.grid import token_order  # noqa: E402
 from dit_sparse.reference import block_pool  # noqa: E402
-from prompt_check import make_test_prompts  # noqa: E402
 
 BLOCK, DENSITY, EARLY = 64, 0.2, 0.2
 

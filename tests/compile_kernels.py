@@ -16,13 +16,14 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
 from dit_sparse.kernels import dot  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 
 class Driver:

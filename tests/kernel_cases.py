@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

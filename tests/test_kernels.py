@@ -11,11 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
+
+from dit_sparse import BlockMask, attention, reference  # noqa: E402
 from dit_sparse.kernels import dot  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
-from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMED = {case.name: case for case in CASES}
@@ -54,6 +56,18 @@ def test_attention_is_as_exact_as_math_attention(case, path):
     if path == "descriptor" and case.dtype == FP32:
         pytest.skip("float32 has one path")
     check_attention(case, DEVICE)
+
+
+def test_sparse_attention_gives_the_kernel_what_it_wants(path):
+    query, key, value = torch.randn(3, 3, 100, 2, 32, device=DEVICE)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device=DEVICE)
+    mask[..., 3] = mask[..., 0, 0] = True
+    packed = BlockMask.from_dense(mask, 100, 100, (32, 32))
+    arguments = {"kv_len": torch.tensor([40, 0, 98]), "scale": None}
+    output, lse = attention._triton(query, key, value, packed, **arguments)
+    expected, expected_lse = reference.sparse_attention(query, key, value, packed, **arguments)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
