@@ -26,12 +26,19 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from diffusers import WanPipeline  # noqa: E402
-from dit_sparse import AdaSpa, BlockMask, RandomBlocks, Window  # noqa: E402
-from dit_sparse import enable_sparse_attention, sparse_attention  # noqa: E402
+from prompt_check import make_test_prompts  # noqa: E402
+
+from dit_sparse import (  # noqa: E402  # noqa: E402
+    AdaSpa,
+    BlockMask,
+    RandomBlocks,
+    Window,
+    enable_sparse_attention,
+    sparse_attention,
+)
 from dit_sparse.config import BLOCK_SIZES  # noqa: E402
 from dit_sparse.grid import TOKEN_ORDERS  # noqa: E402
 from dit_sparse.metrics import compare_clips  # noqa: E402
-from prompt_check import make_test_prompts  # noqa: E402
 
 WAN_1_3B = (12, 32760, 128)  # heads, tokens, head dim
 PROMPT_SEED = 11  # not the prompts of the prompt check
@@ -148,7 +155,9 @@ def main_part(runner):
 
 
 def ablation_part(runner):
-    times = {size: kernel_ms(size, 0.2) for size in BLOCK_SIZES} if torch.cuda.is_available() else {}
+    times = (
+        {size: kernel_ms(size, 0.2) for size in BLOCK_SIZES} if torch.cuda.is_available() else {}
+    )
     for order in TOKEN_ORDERS:
         for size in BLOCK_SIZES:
             runner.sparse(f"{order} {size}", AdaSpa(order=order, block_size=size))

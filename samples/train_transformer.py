@@ -75,7 +75,9 @@ class Trainer:
                 "text_encoder": parts.build_text_encoder(len(tokenizer)),
             }
         return {
-            "transformer": WanTransformer3DModel.from_pretrained(args.init, subfolder="transformer"),
+            "transformer": WanTransformer3DModel.from_pretrained(
+                args.init, subfolder="transformer"
+            ),
             "text_encoder": UMT5EncoderModel.from_pretrained(
                 args.init, subfolder="text_encoder", dtype=torch.float32
             ),

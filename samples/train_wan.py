@@ -2,7 +2,8 @@
 
     python samples/train_wan.py --stage vae,checker,transformer,save --seconds 540
     python samples/train_wan.py --stage transformer,save --seconds 500 --final
-    torchrun --nproc-per-node 2 samples/train_wan.py --stage transformer,save --init samples/wan_tiny
+    torchrun --nproc-per-node 2 samples/train_wan.py --stage transformer,save \\
+        --init samples/wan_tiny
 
 Stages: a per-frame autoencoder, the network that checks prompts, the video transformer with its
 text encoder, and the pipeline folder.  Each leaves a checkpoint in --work and goes on from it.
