@@ -1,6 +1,7 @@
 """`enable_sparse_attention` and its undo."""
 
 import difflib
+import inspect
 import logging
 from contextlib import ExitStack
 from functools import lru_cache
@@ -35,6 +36,7 @@ def enable_sparse_attention(
     *,
     measure: bool = False,
     num_steps: int | None = None,
+    keep_padding: bool = False,
     **options: Any,
 ) -> "SparseAttention":
     """Make the self-attention of a pipeline's transformers sparse, in place.
@@ -46,6 +48,8 @@ def enable_sparse_attention(
         method: a name out of `available_methods()`, or a config such as `AdaSpa(density=0.3)`.
         measure: also measure the kept softmax mass at every sparse step (a few percent slower).
         num_steps: denoising steps in all; only needed for a bare transformer.
+        keep_padding: keep the padded text of HunyuanVideo, masked as in the stock pipeline. It is
+            dropped by default: the same in mathematics, not in bits, and faster.
         options: fields of the method's config, such as `density=0.3`.
 
     Returns:
@@ -69,7 +73,7 @@ def enable_sparse_attention(
         handle.disable()
         if handle.enabled_on() is not pipe:
             handle.note("sparse attention was enabled again on a shared transformer: replaced")
-    return SparseAttention(transformers, pipe, name, config, measure, num_steps)
+    return SparseAttention(transformers, pipe, name, config, measure, num_steps, keep_padding)
 
 
 def disable_sparse_attention(pipe: Any) -> None:
@@ -99,8 +103,10 @@ class SparseAttention:
         config: SparseConfig,
         measure: bool,
         num_steps: int | None,
+        keep_padding: bool,
     ):
         self.method, self.config, self.enabled_on = method, config, ref(pipe)
+        self.keep_padding = keep_padding
         self._notes: list[str] = []
         if method == "auto":
             self._notes.append(f'method="auto" is {AUTO} in {config.order} order')
@@ -164,6 +170,7 @@ class Installation:
         self.handle, self.transformer, self.family = handle, transformer, family
         self.config, self.state = handle.config, State()
         self.denoising = Denoising(pipe, num_steps)
+        self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.processors: list[tuple[Any, Any]] = []  # attention module, our processor
         with ExitStack() as undo:  # what is done so far is undone if the rest fails
@@ -172,7 +179,7 @@ class Installation:
             undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
             for module in family.self_attentions(transformer):
                 undo.callback(self._install_processor(module, measure))
-            for undo_hook in family.reorder_tokens(transformer, self._permutation):
+            for undo_hook in family.hooks(transformer, self):
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
             undo.callback(hook.remove)
@@ -201,19 +208,16 @@ class Installation:
         return undo
 
     @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
-    def _before_call(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = dict(zip(("hidden_states", "timestep"), args)) | kwargs
-        hidden_states = given["hidden_states"]
+    def _before_call(
+        self, transformer: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        given = dict(zip(self.argument_names, args)) | kwargs
+        latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
+        prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
+        place = latents.device, latents.dtype
         self.state.begin(
-            Call(
-                self.family.grid(transformer, hidden_states),
-                step,
-                num_steps,
-                branch,
-                hidden_states.device,
-                hidden_states.dtype,
-            )
+            Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         )
         replaced = sum(module.processor is not ours for module, ours in self.processors)
         if replaced:
@@ -221,16 +225,28 @@ class Installation:
                 f"{replaced} of our attention processors were replaced after enabling and run"
                 " without sparsity; enable sparse attention last"
             )
+        changed = prepared.changed | self._reordered(given, prepared.per_token)
+        return ((), given | changed) if changed else None
+
+    def _reordered(self, given: dict, names: tuple[str, ...]) -> dict:
+        """Inputs that are per-token tables, in block order."""
+        tables = {name: given[name] for name in names if given.get(name) is not None}
+        order = self.order(given["hidden_states"])
+        if order is None:
+            return {}
+        return {name: tuple(x[order[0]] for x in pair) for name, pair in tables.items()}
+
+    @property
+    def grid(self) -> VideoGrid:
+        assert self.state.call is not None
+        return self.state.call.grid
 
     @torch.compiler.disable
-    def _permutation(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Block order of the current call and its inverse on a device, None for raster order."""
         if self.config.density == 1 or self.config.order == "raster":
             return None
-        assert self.state.call is not None
-        return _order_on(
-            like.device, self.state.call.grid, self.config.order, self.config.block_size
-        )
+        return _order_on(like.device, self.grid, self.config.order, self.config.block_size)
 
     def remove(self) -> None:
         self._undo.close()

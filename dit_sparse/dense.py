@@ -11,18 +11,25 @@ from .attention import sparse_attention
 from .block_mask import BlockMask
 
 
-def dense_attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def dense_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of (B, S, H, D) tensors.
+
+    Args:
+        kv_len: (B,) valid keys of each sample; None where all are.
 
     Returns:
         output (B, Sq, H, D) and lse (B, H, Sq) float32, natural log.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     try:
+        if kv_len is not None:
+            raise NotImplementedError("torch's fast kernels take no valid lengths")
         output, lse = _fused(q, k, v)
     except (AttributeError, NotImplementedError, RuntimeError):
         block_mask = BlockMask.full(query.shape[1], key.shape[1], device=query.device)
-        return sparse_attention(query, key, value, block_mask, return_lse=True)
+        return sparse_attention(query, key, value, block_mask, kv_len=kv_len, return_lse=True)
     lse = lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]].float()
     return output.transpose(1, 2), lse
 

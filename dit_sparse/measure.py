@@ -9,11 +9,14 @@ SAMPLED_ROWS = 64  # error below 0.01
 ROWS_AT_ONCE = 16  # bounds the scores in memory
 
 
-def sampled_kept_mass(query: Tensor, key: Tensor, block_mask: BlockMask) -> Tensor:
+def sampled_kept_mass(
+    query: Tensor, key: Tensor, block_mask: BlockMask, kv_len: Tensor | None = None
+) -> Tensor:
     """Share of softmax mass inside the mask, from evenly spaced query rows against all keys.
 
     Args:
         query, key: (B, S, H, D) in block order.
+        kv_len: (B,) valid keys of each sample; None where all are.
 
     Returns:
         (H,) float32, mean over samples and rows.
@@ -26,6 +29,9 @@ def sampled_kept_mass(query: Tensor, key: Tensor, block_mask: BlockMask) -> Tens
     total = torch.zeros(query.shape[2], device=query.device)
     for chunk in rows.split(ROWS_AT_ONCE):
         scores = query[:, chunk].transpose(1, 2).float() @ keys * query.shape[-1] ** -0.5
+        if kv_len is not None:
+            padded = torch.arange(key.shape[1], device=key.device) >= kv_len[:, None]
+            scores = scores.masked_fill(padded[:, None, None], -torch.inf)
         mass = scores.softmax(-1)  # (B, H, rows, S)
         inside = dense[:, :, chunk // block_mask.block_size[0]]  # (B, H, rows, Nk)
         inside = inside.repeat_interleave(block_mask.block_size[1], -1)[..., : key.shape[1]]

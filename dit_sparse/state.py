@@ -1,6 +1,7 @@
 """What is kept of one transformer between denoising steps, and the log of what ran."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Call:
     Attributes:
         step: absolute denoising step, 0-based. num_steps: steps of the run.
         branch: CFG branch, diffusers' context name (cond, uncond, cond_uncond).
+        lengths: valid tokens of each sample where they differ; the rest is padded text at the end.
     """
 
     grid: VideoGrid
@@ -25,6 +27,14 @@ class Call:
     branch: str
     device: torch.device
     dtype: torch.dtype
+    lengths: tuple[int, ...] | None = None
+
+    @cached_property
+    def kv_len(self) -> Tensor | None:
+        """`lengths` as (B,) int32 on the device."""
+        if self.lengths is None:
+            return None
+        return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
 
     @property
     def signature(self) -> tuple:

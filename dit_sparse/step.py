@@ -10,26 +10,31 @@ from .attention import choose_engine, sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig
 from .dense import dense_attention_with_lse
+from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.search import Search
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
 
-DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Order = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 
 
 class LayerAttention:
-    """Sparse attention of one layer, called with (B, S, H, D) tensors in block order.
+    """Sparse attention of one layer, called with (B, S, H, D) tensors.
 
     Args:
         state: of the transformer, shared by its layers.
         measure: also measure the kept mass at every reuse.
 
     Attributes:
-        dense: the user's own dense attention; set by whoever installs the layer.
+        dense: the user's own dense attention (query, key, value, kv_len).
+        order: block order and its inverse for a tensor's device, where tokens arrive in raster
+            order; None where the whole transformer already runs in block order.
     """
 
     dense: DenseAttention
+    order: Order | None = None
 
     def __init__(self, state: State, config: SparseConfig, layer: int, measure: bool):
         self.state, self.config, self.layer, self.measure = state, config, layer, measure
@@ -49,10 +54,15 @@ class LayerAttention:
             kind = step_kind(call.step, call.num_steps, self.config.search_at, found_at)
         if kind == "dense":
             self._log("dense")
-            return self.dense(query, key, value)
+            return self.dense(query, key, value, call.kv_len)
+        order = None if self.order is None else self.order(query)
+        if order is not None:
+            query, key, value = (_permute(x, order[0], call.grid) for x in (query, key, value))
         if kind == "search" or kept is None:
-            return self._search(query, key, value, kept)
-        return self._sparse("reuse", query, key, value, kept)
+            output = self._search(query, key, value, kept)
+        else:
+            output = self._sparse("reuse", query, key, value, kept)
+        return output if order is None else _permute(output, order[1], call.grid)
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
@@ -69,9 +79,9 @@ class LayerAttention:
         output = None
         lse = None if kept is None else kept.lse
         if self.config.uses_lse and lse is None:
-            output, lse = dense_attention_with_lse(query, key, value)
-        grid = self.state.call.grid
-        found = self.config.find(Search(query, key, lse, grid, self.layer))
+            output, lse = dense_attention_with_lse(query, key, value, self.state.call.kv_len)
+        grid, lengths = self.state.call.grid, self.state.call.lengths
+        found = self.config.find(Search(query, key, lse, grid, self.layer, lengths))
         size = (self.config.block_size, self.config.block_size)
         mask = BlockMask.from_dense(found.mask, grid.tokens, grid.tokens, size)
         kept = Kept(mask, lse, found.kept_mass, self.state.call.step)
@@ -93,12 +103,13 @@ class LayerAttention:
     ) -> Tensor:
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
-            mass = sampled_kept_mass(query, key, kept.mask)
+            mass = sampled_kept_mass(query, key, kept.mask, self.state.call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
         engine = choose_engine(self.config.engine, query, kept.mask)
         self.state.engines.add(engine)
-        return sparse_attention(query, key, value, kept.mask, engine=engine)
+        kv_len = self.state.call.kv_len
+        return sparse_attention(query, key, value, kept.mask, kv_len=kv_len, engine=engine)
 
     def _log(
         self,
@@ -111,6 +122,16 @@ class LayerAttention:
         self.state.trace.append(
             Record(call.branch, call.step, self.layer, kind, density, kept_mass, extra_cost)
         )
+
+
+def _permute(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:
+    """Reorder the video tokens of (B, S, H, D); text stays where it is."""
+    if not grid.text_tokens:
+        return x[:, index]
+    video = slice(grid.text_tokens, None) if grid.text_first else slice(grid.video_tokens)
+    ordered = x.clone()
+    ordered[:, video] = x[:, video][:, index]
+    return ordered
 
 
 # An operator is opaque to torch.compile, so that one graph serves all layers, steps and masks; the

@@ -1,13 +1,40 @@
 """What the library must know of a model family."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..grid import VideoGrid
 
 Undo = Callable[[], None]
+
+
+class CurrentCall(Protocol):
+    """What a hook inside the transformer may ask of the call that runs."""
+
+    @property
+    def grid(self) -> VideoGrid: ...
+
+    def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Block order of the video tokens and its inverse on a tensor's device, None for raster."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a family reads from the inputs of a call, before it runs.
+
+    Attributes:
+        lengths: valid tokens of each sample where padded text is left and they differ.
+        changed: inputs to pass instead of those given.
+        per_token: names of inputs that hold a tuple of (video tokens, D) tables, such as RoPE.
+    """
+
+    grid: VideoGrid
+    lengths: tuple[int, ...] | None = None
+    changed: dict[str, Any] = field(default_factory=dict)
+    per_token: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -21,10 +48,11 @@ class Family:
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
         processor: class of the attention processor, built with the slot of its layer, with a
-            method `dense` (query, key, value) -> output on (B, S, H, D).
-        grid: (transformer, hidden_states) -> VideoGrid of that call.
+            method `dense` (query, key, value, kv_len) -> output on (B, S, H, D).
+        prepare: (transformer, inputs by name, keep_padding) -> Prepared.
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
-        reorder_tokens: installs the hooks of the token order one by one, yields how to undo each.
+        hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
+            to undo each.
     """
 
     name: str
@@ -34,15 +62,17 @@ class Family:
     fps: float
     stock_processor: str
     processor: type
-    grid: Callable[[nn.Module, Tensor], VideoGrid]
+    prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
-    reorder_tokens: Callable[[nn.Module, Callable], Iterable[Undo]]
+    hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
 
 
 def families() -> tuple[Family, ...]:
+    from .cogvideox import COGVIDEOX
+    from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
     from .wan import WAN
 
-    return (WAN,)
+    return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
 
 
 def family_of(transformer: nn.Module) -> Family | None:

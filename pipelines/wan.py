@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2: video-only self-attention in `attn1`, text in a cross-attention of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from ..grid import VideoGrid
 from ..step import attend
-from .family import Family, Undo
-
-PermutationFor = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+from .family import CurrentCall, Family, Prepared, Undo
 
 
 class WanSparseAttnProcessor:
@@ -45,7 +43,7 @@ class WanSparseAttnProcessor:
         output = output.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
 
-    def dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
         """The user's own attention backend."""
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
@@ -66,10 +64,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def grid(transformer: Any, hidden_states: Tensor) -> VideoGrid:
-    """Tokens of a latent video (B, C, T, H, W) after patching."""
-    sizes = [n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size)]
-    return VideoGrid(*sizes)
+def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
+    """The latent video is (B, C, T, H, W); no text in self-attention."""
+    latents = given["hidden_states"].shape[2:]
+    return Prepared(VideoGrid(*(n // p for n, p in zip(latents, transformer.config.patch_size))))
 
 
 def self_attentions(transformer: Any) -> Iterator[nn.Module]:
@@ -77,7 +75,7 @@ def self_attentions(transformer: Any) -> Iterator[nn.Module]:
         yield block.attn1
 
 
-def reorder_tokens(transformer: Any, permutation_for: PermutationFor) -> Iterator[Undo]:
+def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
     """Hooks that put the tokens in block order once a call, and back before the output norm.
 
     Every per-token input moves alike: embedded patches, RoPE tables and, where timesteps are given
@@ -85,21 +83,21 @@ def reorder_tokens(transformer: Any, permutation_for: PermutationFor) -> Iterato
     """
 
     def patches(module, args, output: Tensor) -> Tensor:  # (B, C, T, H, W)
-        order = permutation_for(output)
+        order = call.order(output)
         return output if order is None else output.flatten(2)[..., order[0]].view(output.shape)
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        order = permutation_for(output[0])
+        order = call.order(output[0])
         return output if order is None else tuple(table[:, order[0]] for table in output)
 
     def timesteps(module, args, output: tuple) -> tuple:  # (temb, projection, text, image)
-        order = permutation_for(output[1])
+        order = call.order(output[1])
         if order is None or output[1].ndim < 3:
             return output
         return output[0], output[1][:, order[0]], *output[2:]
 
     def restore(module, args: tuple[Tensor]) -> tuple[Tensor, ...]:  # (B, S, C)
-        order = permutation_for(args[0])
+        order = call.order(args[0])
         return args if order is None else (args[0][:, order[1]], *args[1:])
 
     yield transformer.patch_embedding.register_forward_hook(patches).remove
@@ -116,7 +114,7 @@ WAN = Family(
     fps=16,
     stock_processor="WanAttnProcessor",
     processor=WanSparseAttnProcessor,
-    grid=grid,
+    prepare=prepare,
     self_attentions=self_attentions,
-    reorder_tokens=reorder_tokens,
+    hooks=hooks,
 )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import block_mass
@@ -18,6 +20,7 @@ class Search:
             asks for it (`uses_lse`).
         grid: the video and its text.
         layer: index of the layer among those that run sparse.
+        lengths: valid tokens of each sample where they differ.
     """
 
     query: Tensor
@@ -25,11 +28,20 @@ class Search:
     lse: Tensor | None
     grid: VideoGrid
     layer: int
+    lengths: tuple[int, ...] | None = None
 
     def mass(self, block_size: int, engine: str) -> Tensor:
         """Exact softmax mass of each block, (B, H, N, N) float32."""
         assert self.lse is not None, "a method that asks for the mass sets uses_lse"
-        return block_mass(self.query, self.key, self.lse, (block_size, block_size), engine=engine)
+        size = block_size, block_size
+        if self.lengths is None:
+            return block_mass(self.query, self.key, self.lse, size, engine=engine)
+        samples = zip(
+            self.query.split(1), self.key.split(1), self.lse.split(1), self.lengths, strict=True
+        )
+        masses = [block_mass(q, k[:, :n], lse, size, engine=engine) for q, k, lse, n in samples]
+        blocks = self.grid.num_blocks(block_size)
+        return torch.cat([F.pad(mass, (0, blocks - mass.shape[-1])) for mass in masses])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""CogVideoX 1.0 and 1.5: joint attention over [text, video], padded text attended, batched CFG."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from ..grid import VideoGrid
+from ..step import attend
+from .family import CurrentCall, Family, Prepared, Undo
+
+
+class CogVideoXSparseAttnProcessor:
+    """The stock processor, fused projections or not, with the attention handed to a layer of ours.
+
+    Args:
+        slot: 0-d int64 CPU tensor that names the layer.
+    """
+
+    def __init__(self, slot: Tensor):
+        self.slot = slot
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if attention_mask is not None:
+            raise ValueError("CogVideoX attends without a mask; this one got an attention_mask")
+        text = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in _projections(attn, joint)
+        )  # (B, H, S, D)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = _rotate_video(query, image_rotary_emb, text)
+            key = _rotate_video(key, image_rotary_emb, text)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        output = attend(query, key, value, self.slot).flatten(2, 3)  # (B, S, H * D)
+        output = attn.to_out[1](attn.to_out[0](output))
+        return output[:, text:], output[:, :text]
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
+        """torch's own choice: diffusers gives CogVideoX no attention backends."""
+        output = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        return output.transpose(1, 2)
+
+
+def _projections(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+    if getattr(attn, "fused_projections", False):
+        return attn.to_qkv(x).chunk(3, dim=-1)
+    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+
+
+def _rotate_video(x: Tensor, rotary_emb: tuple[Tensor, Tensor], text: int) -> Tensor:
+    """RoPE on the video part of (B, H, S, D)."""
+    return torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], rotary_emb)], dim=2)
+
+
+def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
+    """The latent video is (B, T, C, H, W); RoPE tables are made by the pipeline."""
+    config = transformer.config
+    frames, _, height, width = given["hidden_states"].shape[1:]
+    grid = VideoGrid(
+        -(-frames // (config.patch_size_t or 1)),
+        height // config.patch_size,
+        width // config.patch_size,
+        text_tokens=given["encoder_hidden_states"].shape[1],
+        text_first=True,
+    )
+    return Prepared(grid, per_token=("image_rotary_emb",))
+
+
+def self_attentions(transformer: Any) -> Iterator[nn.Module]:
+    for block in transformer.transformer_blocks:
+        yield block.attn1
+
+
+def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
+    """Block order behind the patch embedding, raster order before the output norm."""
+
+    def patches(module, args, output: Tensor) -> Tensor:  # (B, text + S, C)
+        order, text = call.order(output), call.grid.text_tokens
+        if order is None:
+            return output
+        return torch.cat([output[:, :text], output[:, text:][:, order[0]]], dim=1)
+
+    def restore(module, args: tuple[Tensor], kwargs: dict) -> tuple[tuple, dict]:
+        order = call.order(args[0])
+        return (args if order is None else (args[0][:, order[1]], *args[1:])), kwargs
+
+    yield transformer.patch_embed.register_forward_hook(patches).remove
+    yield transformer.norm_out.register_forward_pre_hook(restore, with_kwargs=True).remove
+
+
+COGVIDEOX = Family(
+    name="CogVideoX",
+    transformers=("CogVideoXTransformer3DModel",),
+    pipelines=(
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+    ),
+    guidance="one batch",
+    fps=8,
+    stock_processor="CogVideoXAttnProcessor2_0",
+    processor=CogVideoXSparseAttnProcessor,
+    prepare=prepare,
+    self_attentions=self_attentions,
+    hooks=hooks,
+)

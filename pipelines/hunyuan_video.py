@@ -1,0 +1,202 @@
+"""HunyuanVideo and HunyuanVideo-1.5: joint attention over [video, text]; padded text is dropped.
+
+Dropping it is exact in mathematics, not in bits: the padded tokens are masked as keys, and what
+they attend to reaches no video token. The masked attention of the stock pipelines cannot use
+torch's fastest kernels, so this makes dense steps faster, too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from ..grid import VideoGrid
+from ..step import attend
+from .family import CurrentCall, Family, Prepared, Undo
+
+
+class HunyuanVideoSparseAttnProcessor:
+    """Attention of dual and single blocks, with the attention itself handed to a layer of ours.
+
+    Args:
+        slot: 0-d int64 CPU tensor that names the layer.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, slot: Tensor):
+        self.slot = slot
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        length = hidden_states.shape[1]
+        single = attn.add_q_proj is None  # text shares the projections of the video
+        if single:
+            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        projections = attn.to_q, attn.to_k, attn.to_v
+        joint = _project(attn.heads, hidden_states, projections, attn.norm_q, attn.norm_k)
+        if image_rotary_emb is not None:
+            joint[:2] = [_rotate_video(x, image_rotary_emb, length) for x in joint[:2]]
+        if not single:
+            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            norms = attn.norm_added_q, attn.norm_added_k
+            text = _project(attn.heads, encoder_hidden_states, projections, *norms)
+            joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
+        output = attend(*joint, self.slot)  # (B, S, H, D)
+        output = output.flatten(2, 3).to(joint[0].dtype)
+        hidden_states, encoder_hidden_states = output[:, :length], output[:, length:]
+        if getattr(attn, "to_out", None) is not None:
+            hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if getattr(attn, "to_add_out", None) is not None:
+            encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+        return hidden_states, encoder_hidden_states
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
+        """The user's own attention backend, masked where texts differ in length."""
+        mask = None if kv_len is None else self.mask(_valid(key, kv_len))
+        return dispatch_attention_fn(
+            query, key, value, attn_mask=mask, backend=self._attention_backend
+        )
+
+    def mask(self, valid: Tensor) -> Tensor:
+        """(B, S) bool -> the mask of the stock processor."""
+        return valid[:, None, None]
+
+
+class HunyuanVideo15SparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
+    """The stock mask of 1.5 also bars the padded queries."""
+
+    def mask(self, valid: Tensor) -> Tensor:
+        return valid[:, None, None] & valid[:, None, :, None]
+
+
+def _project(heads: int, x: Tensor, projections: tuple, norm_q: Any, norm_k: Any) -> list[Tensor]:
+    """Normed query and key, and value, each (B, S, H, D)."""
+    query, key, value = (project(x).unflatten(2, (heads, -1)) for project in projections)
+    query = query if norm_q is None else norm_q(query)
+    key = key if norm_k is None else norm_k(key)
+    return [query, key, value]
+
+
+def _rotate_video(x: Tensor, rotary_emb: tuple[Tensor, Tensor], length: int) -> Tensor:
+    video = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
+    return torch.cat([video, x[:, length:]], dim=1)
+
+
+def _valid(key: Tensor, kv_len: Tensor) -> Tensor:
+    return torch.arange(key.shape[1], device=key.device) < kv_len[:, None]
+
+
+def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
+    """Text behind the longest prompt of the batch is cut off after the token refiner.
+
+    The stock forward counts the valid tokens and takes as many from the front. One host sync.
+    """
+    mask = given["encoder_attention_mask"]
+    counts = [int(count) for count in mask.sum(1).tolist()]
+    slots = mask.shape[1] if keep_padding else max(counts)
+    return _prepared(transformer, given, counts, slots, {})
+
+
+def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
+    """1.5 joins image, byT5 and prompt tokens in its forward, valid ones first; two host syncs."""
+    image = given["image_embeds"]
+    images = image.shape[1] if bool(image.any()) else 0
+    masks = {suffix: given[f"encoder_attention_mask{suffix}"].bool() for suffix in ("", "_2")}
+    counts = [images + n for n in sum(mask.sum(1) for mask in masks.values()).tolist()]
+    if keep_padding:
+        slots = image.shape[1] + sum(mask.shape[1] for mask in masks.values())
+        return _prepared(transformer, given, counts, slots, {})
+    changed = {"image_embeds": image[:, :images]}
+    for suffix, mask in masks.items():
+        used = mask.any(0)
+        for name in (f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}"):
+            changed[name] = given[name][:, used]
+    slots = images + sum(changed[f"encoder_attention_mask{suffix}"].shape[1] for suffix in masks)
+    return _prepared(transformer, given, counts, slots, changed)
+
+
+def _prepared(
+    transformer: Any, given: dict[str, Any], counts: list[int], slots: int, changed: dict
+) -> Prepared:
+    config = transformer.config
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    sizes = [n // p for n, p in zip(given["hidden_states"].shape[2:], patch)]
+    grid = VideoGrid(*sizes, text_tokens=slots)
+    if min(counts) == slots:
+        return Prepared(grid, None, changed)
+    return Prepared(grid, tuple(grid.video_tokens + count for count in counts), changed)
+
+
+def self_attentions(transformer: Any) -> Iterator[nn.Module]:
+    """The token refiner's attention, below `context_embedder`, is left alone."""
+    for block in transformer.transformer_blocks:
+        yield block.attn
+    for block in getattr(transformer, "single_transformer_blocks", ()):
+        yield block.attn
+
+
+def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
+    """Block order behind the patch embedding and RoPE, raster order before the output norm."""
+
+    def patches(module, args, output: Tensor) -> Tensor:  # (B, S, C)
+        order = call.order(output)
+        return output if order is None else output[:, order[0]]
+
+    def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:  # (S, D) each
+        order = call.order(output[0])
+        return output if order is None else tuple(table[order[0]] for table in output)
+
+    def restore(module, args: tuple) -> tuple:
+        order = call.order(args[0])
+        return args if order is None else (args[0][:, order[1]], *args[1:])
+
+    yield transformer.x_embedder.register_forward_hook(patches).remove
+    yield transformer.rope.register_forward_hook(rope).remove
+    yield transformer.norm_out.register_forward_pre_hook(restore).remove
+
+
+def hooks_with_cut(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
+    """`hooks`, and the cut of the text behind the token refiner."""
+
+    def cut(module, args, output: Tensor) -> Tensor:  # (B, text, C)
+        return output[:, : call.grid.text_tokens]
+
+    yield from hooks(transformer, call)
+    yield transformer.context_embedder.register_forward_hook(cut).remove
+
+
+HUNYUAN_VIDEO = Family(
+    name="HunyuanVideo",
+    transformers=("HunyuanVideoTransformer3DModel",),
+    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    guidance="embedded, or two calls",
+    fps=24,
+    stock_processor="HunyuanVideoAttnProcessor2_0",
+    processor=HunyuanVideoSparseAttnProcessor,
+    prepare=prepare,
+    self_attentions=self_attentions,
+    hooks=hooks_with_cut,
+)
+HUNYUAN_VIDEO_15 = Family(
+    name="HunyuanVideo-1.5",
+    transformers=("HunyuanVideo15Transformer3DModel",),
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    guidance="two calls",
+    fps=24,
+    stock_processor="HunyuanVideo15AttnProcessor2_0",
+    processor=HunyuanVideo15SparseAttnProcessor,
+    prepare=prepare_15,
+    self_attentions=self_attentions,
+    hooks=hooks,
+)
