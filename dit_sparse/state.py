@@ -77,28 +77,24 @@ class State:
     calls: int = 0
     peak_bytes: int = 0
     engines: set[str] = field(default_factory=set)
-    last_step: dict[str, int] = field(default_factory=dict)
+    last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
 
     def begin(self, call: Call) -> None:
         """Publish a call; a new run or another shape, dtype or device drops everything kept."""
-        other = self.call is not None and self.call.signature != call.signature
-        back = call.step < self.latest_step or call.step == self.last_step.get(call.branch)
-        if other or back:
+        before = self.last.get(call.branch)  # branches may differ in their text, so in their grid
+        other = before and (before.step == call.step or before.signature != call.signature)
+        if other or call.step < max((done.step for done in self.last.values()), default=-1):
             self.drop()
-        if not self.last_step:
+        if not self.last:
             self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
         self.call = call
         self.calls += 1
-        self.last_step[call.branch] = call.step
-
-    @property
-    def latest_step(self) -> int:
-        return max(self.last_step.values(), default=-1)
+        self.last[call.branch] = call
 
     def drop(self) -> None:
         """Free what is kept; the trace stays for the report until the next run begins."""
         self.kept.clear()
-        self.last_step.clear()
+        self.last.clear()
 
     def keep(self, layer: int, kept: Kept) -> None:
         assert self.call is not None

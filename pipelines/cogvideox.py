@@ -50,8 +50,8 @@ class CogVideoXSparseAttnProcessor:
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
         """torch's own choice: diffusers gives CogVideoX no attention backends."""
-        output = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
-        return output.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _projections(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -60,9 +60,10 @@ def _projections(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
 
-def _rotate_video(x: Tensor, rotary_emb: tuple[Tensor, Tensor], text: int) -> Tensor:
+def _rotate_video(x: Tensor, rotary_emb: Any, text: int) -> Tensor:
     """RoPE on the video part of (B, H, S, D)."""
-    return torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], rotary_emb)], dim=2)
+    video: Any = apply_rotary_emb(x[:, :, text:], rotary_emb)
+    return torch.cat([x[:, :, :text], video], dim=2)
 
 
 def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:

@@ -88,8 +88,8 @@ def _project(heads: int, x: Tensor, projections: tuple, norm_q: Any, norm_k: Any
     return [query, key, value]
 
 
-def _rotate_video(x: Tensor, rotary_emb: tuple[Tensor, Tensor], length: int) -> Tensor:
-    video = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
+def _rotate_video(x: Tensor, rotary_emb: Any, length: int) -> Tensor:
+    video: Any = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
     return torch.cat([video, x[:, length:]], dim=1)
 
 
@@ -131,8 +131,8 @@ def _prepared(
 ) -> Prepared:
     config = transformer.config
     patch = config.patch_size_t, config.patch_size, config.patch_size
-    sizes = [n // p for n, p in zip(given["hidden_states"].shape[2:], patch)]
-    grid = VideoGrid(*sizes, text_tokens=slots)
+    sizes = (n // p for n, p in zip(given["hidden_states"].shape[2:], patch))
+    grid = VideoGrid(*sizes, slots)
     if min(counts) == slots:
         return Prepared(grid, None, changed)
     return Prepared(grid, tuple(grid.video_tokens + count for count in counts), changed)
