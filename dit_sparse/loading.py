@@ -148,7 +148,7 @@ def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
     if (folder / CALL_FILE).is_file():
         stored = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
         return CallArguments(
-            call={name: stored[name] for name in CALL_ARGUMENTS if name in stored},
+            call=stored["call"],
             fps=stored.get("fps", DEFAULT_FPS),
             prompts=tuple(stored.get("prompts", ())),
             noise_floor=stored.get("noise_floor"),

@@ -69,7 +69,7 @@ def roll_object(dice, height, width, table):
     """Settings of one shape per clip; `table` (N, 3) lists the allowed triples."""
     colour, shape, direction = table[dice.pick(len(table))].unbind(1)
     moving = direction != DIRECTIONS.index("still")
-    speed = dice.uniform(0.3, 4.0) * moving
+    speed = (0.3 + 3.7 * dice.uniform() ** 1.5) * moving  # half of them below 1.6
     frame = torch.tensor([float(width), float(height)])
     return SimpleNamespace(
         colour=colour,
@@ -77,7 +77,7 @@ def roll_object(dice, height, width, table):
         direction=direction,
         speed=speed,
         radius=dice.uniform(0.12, 0.24),
-        start=torch.stack([dice.uniform(0.25, 0.75), dice.uniform(0.25, 0.75)], 1) * frame,
+        middle=torch.stack([dice.uniform(0.25, 0.75), dice.uniform(0.25, 0.75)], 1) * frame,
         phase=dice.uniform(0, 2 * math.pi),
         acceleration=dice.uniform(-0.6, 0.6) * dice.chance(0.3),
         sway=dice.uniform(0.03, 0.12) * dice.chance(0.3) * moving,

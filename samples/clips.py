@@ -59,15 +59,21 @@ def signed_distance(shape, x, y):
 
 
 def path(thing, t, frame, scale):
-    """Centres (B, T, 2): along the heading, swaying across it, wrapping round the frame."""
-    steps = t / max(len(t) - 1, 1) - 0.5  # (T,)
+    """Centres (B, T, 2): along the heading, swaying across it, wrapping round the frame.
+
+    Halfway through the clip the shape is near the middle of the frame: it crosses the scene, so
+    that where it is early tells where it is going.
+    """
+    last = max(len(t) - 1, 1)
+    steps = t / last - 0.5  # (T,)
     heading = HEADINGS.to(t.device)[thing.direction]  # (B, 2)
-    along = thing.speed[:, None] * TOKEN * t * (1 + thing.acceleration[:, None] * steps)
+    along = thing.speed[:, None] * TOKEN * last * steps
+    along = along * (1 + thing.acceleration[:, None] * steps)
     reach = torch.minimum(thing.sway * frame.min(), 0.25 * thing.speed * TOKEN * len(t))
     across = reach[:, None] * torch.sin(
         thing.phase[:, None] + 2 * math.pi * thing.sway_turns[:, None] * steps
     )
-    centre = thing.start[:, None] + along[..., None] * heading[:, None]
+    centre = thing.middle[:, None] + along[..., None] * heading[:, None]
     centre = centre + across[..., None] * heading.flip(1)[:, None].abs()
     margin = (thing.radius * frame.min() * scale.amax(1) * 1.25)[:, None, None]
     return (centre + margin) % (frame + 2 * margin) - margin

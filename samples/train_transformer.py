@@ -2,12 +2,14 @@
 
 import copy
 import time
+from typing import NamedTuple
 
 import clips
 import torch
 import torch.nn.functional as F
 import train_models as parts
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 from train_common import (
     START,
     autocast,
@@ -26,24 +28,26 @@ CLOCK = 25  # updates between looks at the clock
 
 
 @torch.no_grad()
-def encode_pool(args, vae, tokenizer, count, frames, size, chunk, seed, seconds):
+def encode_pool(args, vae, tokenizer, size, seed):
     """Draw and encode clips once: latents (N, 8, T, h, w) in bfloat16 and token ids (N, L)."""
-    generator, end = torch.Generator().manual_seed(seed), time.monotonic() + seconds
+    generator, end = torch.Generator().manual_seed(seed), time.monotonic() + size.seconds
     mean, std = parts.latent_statistics(vae)
-    shape = (count, parts.LATENT_CHANNELS, frames, size // 4, size // 4)
+    shape = (size.clips, parts.LATENT_CHANNELS, size.frames, size.side // 4, size.side // 4)
     latents = torch.empty(shape, dtype=torch.bfloat16, device=args.device)
     captions = []
     with parts.per_frame(vae), autocast(args):
-        while len(captions) < count and (time.monotonic() < end or not captions):
-            number = min(chunk, count - len(captions))
-            video, text, _ = clips.draw_clips(number, frames, size, size, generator, args.device)
+        while len(captions) < size.clips and (time.monotonic() < end or not captions):
+            number = min(size.chunk, size.clips - len(captions))
+            video, text, _ = clips.draw_clips(
+                number, size.frames, size.side, size.side, generator, args.device
+            )
             code = (parts.encode_frames(vae, video.flatten(0, 1))[0] - mean) / std
-            code = code.unflatten(0, (number, frames)).transpose(1, 2)
+            code = code.unflatten(0, (number, size.frames)).transpose(1, 2)
             latents[len(captions) : len(captions) + number] = code
             captions += text
             if args.device == "cuda":
                 torch.cuda.synchronize()
-    record(args, stage="encode", clips=len(captions), frames=frames, size=size)
+    record(args, stage="encode", clips=len(captions), frames=size.frames, size=size.side)
     return latents[: len(captions)], parts.tokenize(tokenizer, captions).to(args.device)
 
 
@@ -98,15 +102,14 @@ class Trainer:
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_checkpoint(self.path, {**state, "step": self.step, "trained": self.trained})
 
-    def loss(self, pool, batch, shift):
+    def loss(self, pool):
         """Flow-matching loss at logit-normal times, an eighth of the captions left out."""
-        latents, ids = pool
-        rows = torch.randint(len(latents), (batch,), device=latents.device)
-        clean, ids = latents[rows].float(), ids[rows]
-        dropped = torch.rand(batch, 1, device=ids.device) < 0.12
+        rows = torch.randint(len(pool.latents), (pool.batch,), device=pool.ids.device)
+        clean, ids = pool.latents[rows].float(), pool.ids[rows]
+        dropped = torch.rand(pool.batch, 1, device=ids.device) < 0.12
         ids = torch.where(dropped, self.empty, ids)
-        time_ = torch.randn(batch, device=ids.device).sigmoid()
-        time_ = shift * time_ / (1 + (shift - 1) * time_)
+        time_ = torch.randn(pool.batch, device=ids.device).sigmoid()
+        time_ = pool.shift * time_ / (1 + (pool.shift - 1) * time_)
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, time_.view(-1, 1, 1, 1, 1))
         with autocast(self.args):
@@ -114,8 +117,8 @@ class Trainer:
             velocity = self.model.transformer(noisy, time_ * 1000, text, return_dict=False)[0]
         return F.mse_loss(velocity.float(), noise - clean)
 
-    def update(self, pool, batch, shift, lr):
-        loss = self.loss(pool, batch, shift)
+    def update(self, pool, lr):
+        loss = self.loss(pool)
         self.model.zero_grad()
         loss.backward()
         if self.args.world > 1:
@@ -131,12 +134,13 @@ class Trainer:
         return loss.detach()
 
 
-def compile_shape(trainer, pool, batch):
-    """Compile for one shape outside the training clock."""
-    trainer.loss(pool, batch, 3.0).backward()
-    trainer.model.zero_grad()
-    if trainer.args.device == "cuda":
-        torch.cuda.synchronize()
+class Pool(NamedTuple):
+    """Encoded clips of one size, how many make a batch, and the shift of their noise levels."""
+
+    latents: Tensor  # (N, 8, T, h, w) bfloat16
+    ids: Tensor  # (N, L)
+    batch: int
+    shift: float
 
 
 def train_transformer(args):
@@ -144,29 +148,29 @@ def train_transformer(args):
     trainer = Trainer(args, tokenizer)
     seed = args.seed + 1000 + trainer.step + 100_000 * args.rank  # other clips in each call
     torch.manual_seed(seed)
-    small = encode_pool(
-        args, vae, tokenizer, args.clips, args.frames, args.size, args.chunk, seed,
-        args.encode_seconds,
-    )  # fmt: skip
-    compile_shape(trainer, small, args.batch)
-    record(args, stage="compile", parameters=sum(p.numel() for p in trainer.model.parameters()))
+    pools = {}
+    for number, (name, size) in enumerate(args.sizes.items()):
+        latents, ids = encode_pool(args, vae, tokenizer, size, seed + number)
+        pools[name] = Pool(latents, ids, size.batch, size.shift)
+        trainer.loss(pools[name]).backward()  # compiles outside the training clock
+        trainer.model.zero_grad()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        record(args, stage="compile", frames=size.frames, size=size.side)
     end = START + args.seconds
-    left = end - time.monotonic()
-    total = trainer.trained + left if args.final else args.total_seconds
-    large = None
-    if trainer.trained + left > 0.75 * total:
-        large = encode_pool(
-            args, vae, tokenizer, args.large_clips, args.large_frames, args.large_size,
-            max(args.chunk // 8, 1), seed + 1, args.encode_seconds / 4,
-        )  # fmt: skip
-        compile_shape(trainer, large, args.large_batch)
-        record(args, stage="compile")
-        total = trainer.trained + end - time.monotonic() if args.final else total
-    run_updates(args, trainer, small, large, end, first_says(total, args.device))
+    total = trainer.trained + end - time.monotonic() if args.final else args.total_seconds
+    run_updates(args, trainer, pools, end, first_says(total, args.device))
     trainer.save()
 
 
-def run_updates(args, trainer, small, large, end, total):
+def pool_of(progress, step):
+    """Half of the first updates on low clips, an eighth of the last on large ones."""
+    if progress < 0.6:
+        return "low" if step % 2 else "main"
+    return "main" if step % 8 else "large"
+
+
+def run_updates(args, trainer, pools, end, total):
     """Train until `end` or until `total` seconds of training over all calls.
 
     Only the first process looks at the clock: all must make the same updates.
@@ -177,10 +181,9 @@ def run_updates(args, trainer, small, large, end, total):
         progress, losses = trainer.trained / total, []
         lr = args.lr * cosine(progress, 0.03)
         for _ in range(CLOCK):
-            use_large = large and progress > 0.75 and trainer.step % 4 == 0
-            pool, batch = (large, args.large_batch) if use_large else (small, args.batch)
-            loss = trainer.update(pool, batch, 5.0 if use_large else 3.0, lr)
-            if not use_large:
+            name = pool_of(progress, trainer.step)
+            loss = trainer.update(pools[name], lr)
+            if name == "main":
                 losses.append(loss)
         mean = torch.stack(losses).mean().item()
         record(args, stage="transformer", step=trainer.step, loss=mean, lr=lr)

@@ -13,6 +13,7 @@ text encoder, and the pipeline folder.  Each leaves a checkpoint in --work and g
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import prompt_check
 import torch
@@ -21,6 +22,30 @@ from diffusers import WanPipeline
 from train_common import load_vae, record, start_processes
 from train_transformer import train_transformer
 from train_vae import train_vae
+
+
+class Size(NamedTuple):
+    """Clips of one size: how many are held encoded, drawn in how many seconds at most."""
+
+    frames: int
+    side: int  # pixels
+    clips: int
+    seconds: float
+    chunk: int  # drawn at once
+    batch: int
+    shift: float  # of the noise levels: more noise for more tokens
+
+
+SIZES = {
+    "low": Size(17, 64, 65536, 20, 256, 128, 3.0),
+    "main": Size(17, 128, 32768, 30, 64, 32, 4.0),
+    "large": Size(33, 256, 512, 10, 8, 2, 6.0),
+}
+SMOKE_SIZES = {
+    "low": Size(3, 16, 4, 3, 4, 2, 3.0),
+    "main": Size(3, 32, 8, 3, 4, 2, 4.0),
+    "large": Size(5, 64, 2, 3, 1, 1, 6.0),
+}
 
 
 def parse_arguments():
@@ -32,13 +57,9 @@ def parse_arguments():
     add("--seconds", type=float, default=540, help="wall-clock budget of this call")
     add("--vae-seconds", type=float, default=110)
     add("--checker-seconds", type=float, default=60)
-    add("--encode-seconds", type=float, default=30)
     add("--total-seconds", type=float, default=720, help="transformer training over all calls")
     add("--init", type=Path, help="pipeline folder to go on from, instead of new weights")
     add("--final", action="store_true", help="finish the learning-rate schedule in this call")
-    add("--clips", type=int, default=32768, help="clips of 17 frames of 128 x 128 held encoded")
-    add("--large-clips", type=int, default=768, help="clips of 33 frames of 256 x 256")
-    add("--batch", type=int, default=32)
     add("--lr", type=float, default=1e-3)
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="seconds on a CPU: tiny sizes, a few iterations")
@@ -47,12 +68,11 @@ def parse_arguments():
         args.stage = "vae,checker,transformer,save"
     start_processes(args)
     args.frames, args.size, args.layers, args.chunk = 17, 128, 6, 64
-    args.large_frames, args.large_size, args.large_batch = 33, 256, 2
+    args.sizes = SIZES
     if args.smoke:
         args.frames, args.size, args.layers, args.chunk = 3, 32, 2, 4
-        args.large_frames, args.large_size, args.large_batch = 5, 64, 1
-        args.clips, args.large_clips, args.batch = 8, 2, 2
-        args.vae_seconds = args.checker_seconds = args.encode_seconds = 3
+        args.sizes = SMOKE_SIZES
+        args.vae_seconds = args.checker_seconds = 3
         args.total_seconds = 6
     return args
 

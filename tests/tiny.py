@@ -103,7 +103,7 @@ def save_tiny_wan(folder: Path) -> Path:
 def tiny_folder() -> Path:
     """A saved tiny pipeline with its `dit_sparse.json`, made once per process."""
     folder = save_tiny_wan(Path(mkdtemp(prefix="tiny-wan-")))
-    stored = {**CALL, "fps": 8, "prompts": ["a red circle", "a blue square"]}
+    stored = {"call": CALL, "fps": 8, "prompts": ["a red circle", "a blue square"]}
     (folder / "dit_sparse.json").write_text(json.dumps(stored))
     atexit.register(shutil.rmtree, folder)
     return folder
