@@ -18,11 +18,11 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or head(),
+        "commit": commit or commit_here(),
     }
 
 
-def head() -> str:
+def commit_here() -> str:
     """The commit that is checked out, "unknown" without git."""
     command = ["git", "rev-parse", "HEAD"]
     try:

@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from environment import head  # noqa: E402
 from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
 
 from dit_sparse.kernels import block_sparse_fwd as forward  # noqa: E402
@@ -193,7 +192,7 @@ def main() -> None:
             "cudnn": torch.backends.cudnn.version(),
             "triton": triton.__version__,
         },
-        "commit": arguments.commit or head(),
+        "commit": arguments.commit or commit_here(),
         "seed": arguments.seed,
         "dtype": "bfloat16",
         "tiles": {f"{path} {dim}": tile for (path, dim), tile in forward.TILES.items()},
