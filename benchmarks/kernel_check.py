@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from environment import commit_here  # noqa: E402
 from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
 
 from dit_sparse.kernels import block_sparse_fwd as forward  # noqa: E402
