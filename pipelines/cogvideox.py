@@ -110,6 +110,7 @@ COGVIDEOX = Family(
         "CogVideoXImageToVideoPipeline",
         "CogVideoXVideoToVideoPipeline",
     ),
+    text="before the video",
     guidance="one batch",
     fps=8,
     stock_processor="CogVideoXAttnProcessor2_0",

@@ -44,6 +44,7 @@ class Family:
     Attributes:
         transformers: class names, matched along the class hierarchy.
         pipelines: class names of the diffusers pipelines that use them.
+        text: where text tokens stand in self-attention.
         guidance: how classifier-free guidance reaches the transformer.
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
@@ -53,11 +54,13 @@ class Family:
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
         hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
             to undo each.
+        tested: on which weights the tests run it.
     """
 
     name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
+    text: str
     guidance: str
     fps: float
     stock_processor: str
@@ -65,6 +68,7 @@ class Family:
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
+    tested: str = "tiny random"
 
 
 def families() -> tuple[Family, ...]:

@@ -110,6 +110,7 @@ WAN = Family(
     name="Wan",
     transformers=("WanTransformer3DModel",),
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    text="in a cross-attention",
     guidance="two calls",
     fps=16,
     stock_processor="WanAttnProcessor",
@@ -117,4 +118,5 @@ WAN = Family(
     prepare=prepare,
     self_attentions=self_attentions,
     hooks=hooks,
+    tested="`WanPipeline` tiny trained; the rest tiny random",
 )
