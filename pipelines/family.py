@@ -44,8 +44,8 @@ class Family:
     Attributes:
         transformers: class names, matched along the class hierarchy.
         pipelines: class names of the diffusers pipelines that use them.
-        text: where text tokens stand in self-attention.
         guidance: how classifier-free guidance reaches the transformer.
+        text: where text tokens stand in self-attention.
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
         processor: class of the attention processor, built with the slot of its layer, with a
@@ -60,8 +60,8 @@ class Family:
     name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
-    text: str
     guidance: str
+    text: str
     fps: float
     stock_processor: str
     processor: type
