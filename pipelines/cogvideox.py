@@ -111,6 +111,7 @@ COGVIDEOX = Family(
         "CogVideoXVideoToVideoPipeline",
     ),
     guidance="one batch",
+    text="before the video",
     fps=8,
     stock_processor="CogVideoXAttnProcessor2_0",
     processor=CogVideoXSparseAttnProcessor,

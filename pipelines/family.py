@@ -45,6 +45,7 @@ class Family:
         transformers: class names, matched along the class hierarchy.
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
+        text: where text tokens stand in self-attention.
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
         processor: class of the attention processor, built with the slot of its layer, with a
@@ -53,18 +54,21 @@ class Family:
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
         hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
             to undo each.
+        tested: on which weights the tests run it.
     """
 
     name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
     guidance: str
+    text: str
     fps: float
     stock_processor: str
     processor: type
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
+    tested: str = "tiny random"
 
 
 def families() -> tuple[Family, ...]:

@@ -111,10 +111,12 @@ WAN = Family(
     transformers=("WanTransformer3DModel",),
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     guidance="two calls",
+    text="in a cross-attention",
     fps=16,
     stock_processor="WanAttnProcessor",
     processor=WanSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,
     hooks=hooks,
+    tested="`WanPipeline` tiny trained; the rest tiny random",
 )
