@@ -16,10 +16,11 @@ from .config import SparseConfig
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of
+from .pipelines.family import Family, Undo, families, family_of, why_refused
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
+from .swap import Swap, keep_through_fusion
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class SparseAttention:
             self.method,
             self.config.to_dict(),
             [installed.state for installed in self._installed],
-            [len(installed.processors) for installed in self._installed],
+            [len(installed.swaps) for installed in self._installed],
             self._notes,
         )
 
@@ -172,13 +173,14 @@ class Installation:
         self.denoising = Denoising(pipe, num_steps)
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
-        self.processors: list[tuple[Any, Any]] = []  # attention module, our processor
+        self.swaps: list[Swap] = []
         with ExitStack() as undo:  # what is done so far is undone if the rest fails
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
             undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
             for module in family.self_attentions(transformer):
                 undo.callback(self._install_processor(module, measure))
+            undo.callback(keep_through_fusion(transformer, self.swaps))
             for undo_hook in family.hooks(transformer, self):
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
@@ -186,26 +188,15 @@ class Installation:
             self._undo = undo.pop_all()
 
     def _install_processor(self, module: Any, measure: bool) -> Undo:
-        before = module.processor
-        if type(before).__name__ != self.family.stock_processor:
-            self.handle.note(
-                f"{type(before).__name__} is put aside until sparse attention is disabled"
-            )
+        name = type(module.processor).__name__
+        if name not in self.family.stock_processors:
+            self.handle.note(f"{name} is put aside until sparse attention is disabled")
         layer = LayerAttention(self.state, self.config, len(self.layers), measure)
-        ours = self.family.processor(register_layer(layer))
-        ours._attention_backend = getattr(before, "_attention_backend", None)
-        layer.dense = ours.dense
-        module.set_processor(ours)
+        swap = Swap(module, self.family.processor(register_layer(layer)))
+        layer.dense = swap.ours.dense
         self.layers.append(layer)
-        self.processors.append((module, ours))
-
-        def undo() -> None:
-            if module.processor is ours:
-                if hasattr(before, "_attention_backend"):
-                    before._attention_backend = ours._attention_backend
-                module.set_processor(before)
-
-        return undo
+        self.swaps.append(swap)
+        return swap.take_off
 
     @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
     def _before_call(
@@ -219,7 +210,7 @@ class Installation:
         self.state.begin(
             Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         )
-        replaced = sum(module.processor is not ours for module, ours in self.processors)
+        replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
@@ -294,6 +285,11 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
     found = [(module, family) for module in modules if (family := family_of(module)) is not None]
     if not found:
+        for module in modules:
+            if reason := why_refused(module):
+                raise UnsupportedPipelineError(
+                    f"{type(module).__name__} cannot run sparse: {reason}"
+                )
         supported = ", ".join(name for family in families() for name in family.pipelines)
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} has no transformer that can run sparse; supported are"

@@ -20,6 +20,8 @@ class CogVideoXSparseAttnProcessor:
         slot: 0-d int64 CPU tensor that names the layer.
     """
 
+    before: Any  # the processor it stands for
+
     def __init__(self, slot: Tensor):
         self.slot = slot
 
@@ -36,7 +38,7 @@ class CogVideoXSparseAttnProcessor:
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
-            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in _projections(attn, joint)
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in self._projections(attn, joint)
         )  # (B, H, S, D)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
@@ -48,16 +50,16 @@ class CogVideoXSparseAttnProcessor:
         output = attn.to_out[1](attn.to_out[0](output))
         return output[:, text:], output[:, :text]
 
+    def _projections(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """As the stock processor would: unfusing leaves the module's fused weights behind."""
+        if type(self.before).__name__.startswith("Fused"):
+            return attn.to_qkv(x).chunk(3, dim=-1)
+        return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+
     def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
         """torch's own choice: diffusers gives CogVideoX no attention backends."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def _projections(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        return attn.to_qkv(x).chunk(3, dim=-1)
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
 
 def _rotate_video(x: Tensor, rotary_emb: Any, text: int) -> Tensor:
@@ -109,10 +111,11 @@ COGVIDEOX = Family(
         "CogVideoXPipeline",
         "CogVideoXImageToVideoPipeline",
         "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
     ),
     guidance="one batch",
     fps=8,
-    stock_processor="CogVideoXAttnProcessor2_0",
+    stock_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     processor=CogVideoXSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,

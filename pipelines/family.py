@@ -42,13 +42,14 @@ class Family:
     """Facts of a family, and the few functions that differ between families.
 
     Attributes:
-        transformers: class names, matched along the class hierarchy.
+        transformers: class names; a subclass belongs to the family too.
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
         fps: frames per second that the models were trained on.
-        stock_processor: class name of diffusers' own attention processor.
+        stock_processors: class names of diffusers' own attention processors that ours stand for.
         processor: class of the attention processor, built with the slot of its layer, with a
-            method `dense` (query, key, value, kv_len) -> output on (B, S, H, D).
+            method `dense` (query, key, value, kv_len) -> output on (B, S, H, D). The processor it
+            stands for is put on it as `before`.
         prepare: (transformer, inputs by name, keep_padding) -> Prepared.
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
         hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
@@ -60,7 +61,7 @@ class Family:
     pipelines: tuple[str, ...]
     guidance: str
     fps: float
-    stock_processor: str
+    stock_processors: tuple[str, ...]
     processor: type
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
@@ -75,6 +76,26 @@ def families() -> tuple[Family, ...]:
     return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
 
 
+# Near relatives of the families, by class name, and why they are none of them.
+REFUSED = {
+    "HunyuanVideoFramepackTransformer3DModel": (
+        "Framepack puts earlier frames, shrunk to three sizes, in front of the video, so that its"
+        " attention is not over one grid of tokens and neither a block order nor a reused mask fits"
+    ),
+}
+
+
 def family_of(transformer: nn.Module) -> Family | None:
-    names = {cls.__name__ for cls in type(transformer).__mro__}
-    return next((f for f in families() if names & set(f.transformers)), None)
+    """The family of the nearest class in the hierarchy that is known or refused."""
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in REFUSED:
+            return None
+        for family in families():
+            if cls.__name__ in family.transformers:
+                return family
+    return None
+
+
+def why_refused(transformer: nn.Module) -> str | None:
+    names = (cls.__name__ for cls in type(transformer).__mro__)
+    return next((REFUSED[name] for name in names if name in REFUSED), None)

@@ -103,8 +103,8 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     The stock forward counts the valid tokens and takes as many from the front. One host sync.
     """
     mask = given["encoder_attention_mask"]
-    counts = [int(count) for count in mask.sum(1).tolist()]
-    slots = mask.shape[1] if keep_padding else max(counts)
+    counts = mask.sum(1, dtype=torch.int).tolist()  # the mask may be bfloat16: exact to 256
+    slots = mask.shape[1] if keep_padding else max(1, *counts)
     return _prepared(transformer, given, counts, slots, {})
 
 
@@ -120,6 +120,7 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
     changed = {"image_embeds": image[:, :images]}
     for suffix, mask in masks.items():
         used = mask.any(0)
+        used[:1] |= suffix == ""  # the token refiner needs a token
         for name in (f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}"):
             changed[name] = given[name][:, used]
     slots = images + sum(changed[f"encoder_attention_mask{suffix}"].shape[1] for suffix in masks)
@@ -179,10 +180,14 @@ def hooks_with_cut(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     transformers=("HunyuanVideoTransformer3DModel",),
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    pipelines=(
+        "HunyuanVideoPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
+    ),
     guidance="embedded, or two calls",
     fps=24,
-    stock_processor="HunyuanVideoAttnProcessor2_0",
+    stock_processors=("HunyuanVideoAttnProcessor2_0",),
     processor=HunyuanVideoSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,
@@ -194,7 +199,7 @@ HUNYUAN_VIDEO_15 = Family(
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     guidance="two calls",
     fps=24,
-    stock_processor="HunyuanVideo15AttnProcessor2_0",
+    stock_processors=("HunyuanVideo15AttnProcessor2_0",),
     processor=HunyuanVideo15SparseAttnProcessor,
     prepare=prepare_15,
     self_attentions=self_attentions,
