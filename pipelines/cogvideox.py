@@ -78,8 +78,18 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
         width // config.patch_size,
         text_tokens=given["encoder_hidden_states"].shape[1],
         text_first=True,
+        conditioning_frames=int(_starts_from_image(config, given["hidden_states"])),
     )
     return Prepared(grid, per_token=("image_rotary_emb",))
+
+
+def _starts_from_image(config: Any, latents: Tensor) -> bool:
+    """True where the extra channels hold an image in the first frame and zeros behind it.
+
+    They hold a whole video for `CogVideoXFunControlPipeline`. One host sync where they exist.
+    """
+    extra = latents[:, -1, config.out_channels or config.in_channels :]
+    return extra.numel() > 0 and not bool(extra.any())
 
 
 def self_attentions(transformer: Any) -> Iterator[nn.Module]:
