@@ -136,9 +136,14 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
 def _grid(transformer: Any, given: dict[str, Any], slots: int, first_frame: bool) -> VideoGrid:
     """Of a latent video (B, C, T, H, W); `first_frame` is given by an image, not generated."""
     config = transformer.config
-    patch = config.patch_size_t, config.patch_size, config.patch_size
-    sizes = (n // p for n, p in zip(given["hidden_states"].shape[2:], patch))
-    return VideoGrid(*sizes, slots, conditioning_frames=int(first_frame))
+    frames, height, width = given["hidden_states"].shape[2:]
+    return VideoGrid(
+        frames // config.patch_size_t,
+        height // config.patch_size,
+        width // config.patch_size,
+        text_tokens=slots,
+        conditioning_frames=int(first_frame),
+    )
 
 
 def _lengths(grid: VideoGrid, counts: list[int]) -> tuple[int, ...] | None:

@@ -5,7 +5,11 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15
 
-from dit_sparse import UnsupportedPipelineError, enable_sparse_attention
+from dit_sparse import (
+    UnsupportedPipelineError,
+    disable_sparse_attention,
+    enable_sparse_attention,
+)
 
 ALL_KEPT = {"density": 0.99, "block_size": 32, "num_steps": 1}  # sparse path, nothing left out
 SPARSE = {"density": 0.4, "block_size": 32, "num_steps": 1}
@@ -187,11 +191,20 @@ class TestFusedProjections:
         assert run(ours, call).equal(expected) and handle.report().dense_calls == 2
         assert all("CogVideoX" not in note for note in handle.report().notes)
 
+    def check_undone(self, twins):
+        ours, stock, call = twins
+        processors = [[type(p) for p in t.attn_processors.values()] for t in (ours, stock)]
+        assert processors[0] == processors[1]
+        assert run(ours, call).equal(run(stock, call))
+
     def test_fused_before_enabling_and_unfused_after(self, twins):
         ours, stock, call = twins
         for transformer in (ours, stock):
             transformer.fuse_qkv_projections()
         self.check_same(twins)
+        disable_sparse_attention(ours)
+        self.check_undone(twins)
+        enable_sparse_attention(ours, **SPARSE)
         for transformer in (ours, stock):
             transformer.unfuse_qkv_projections()
         self.check_same(twins)
@@ -221,9 +234,7 @@ class TestFusedProjections:
         handle.disable()
         for transformer in (ours, stock) if then_unfuse else ():
             transformer.unfuse_qkv_projections()
-        processors = [[type(p) for p in t.attn_processors.values()] for t in (ours, stock)]
-        assert processors[0] == processors[1]
-        assert run(ours, call).equal(run(stock, call))
+        self.check_undone(twins)
 
     def test_a_failing_fuse_leaves_ours_on(self, twins, monkeypatch):
         ours, _, call = twins

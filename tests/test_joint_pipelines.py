@@ -19,6 +19,11 @@ def latents(pipe, call, **more):
     return pipe(**fixed | call | more).frames
 
 
+def apart(latents, stock):
+    """Largest difference, in units of the largest latent: CogVideoX's reach 40 on these weights."""
+    return (latents - stock).abs().max() / stock.abs().max()
+
+
 def build(name, batch=1, guided=True):
     make, call = PIPELINES[name]
     pipe = make()
@@ -62,15 +67,15 @@ def test_exact_then_sparse_then_undone(name, guided):
     assert report.dense_calls == layers * len(branches) * STEPS and report.effective_cost == 1
 
     enable_sparse_attention(pipe, density=1.0)  # padded text dropped
-    assert (latents(pipe, call) - stock).abs().max() < 1e-4
+    assert apart(latents(pipe, call), stock) < 1e-5
     handle = enable_sparse_attention(pipe, **ALL_KEPT)  # in block order, nothing left out
-    assert (latents(pipe, call) - stock).abs().max() < 1e-4
+    assert apart(latents(pipe, call), stock) < 1e-5
     assert handle.report().reuse_calls == layers * len(branches)
 
     handle = enable_sparse_attention(pipe, **SPARSE)
     sparse = latents(pipe, call)
     assert latents(pipe, call).equal(sparse) and sparse.isfinite().all()
-    assert (sparse - stock).abs().max() > 1e-4
+    assert apart(sparse, stock) > 1e-4
     report = handle.report()
     assert report.steps == STEPS and report.density < 0.9
     assert {entry["branch"] for entry in report.trace} == branches
@@ -85,7 +90,7 @@ def test_two_prompts(name):
     pipe, call = build(name, batch=2)
     stock = latents(pipe, call)
     enable_sparse_attention(pipe, **ALL_KEPT)
-    assert (latents(pipe, call) - stock).abs().max() < 1e-4
+    assert apart(latents(pipe, call), stock) < 1e-5
     enable_sparse_attention(pipe, **SPARSE)
     sparse = latents(pipe, call)
     assert len(sparse) == 2 and sparse.isfinite().all()
@@ -97,7 +102,7 @@ def test_two_videos_per_prompt(name):
     pipe, call = build(name)
     stock = latents(pipe, call, num_videos_per_prompt=2)
     enable_sparse_attention(pipe, **ALL_KEPT)
-    assert (latents(pipe, call, num_videos_per_prompt=2) - stock).abs().max() < 1e-4
+    assert apart(latents(pipe, call, num_videos_per_prompt=2), stock) < 1e-5
     enable_sparse_attention(pipe, **SPARSE)
     assert latents(pipe, call, num_videos_per_prompt=2).isfinite().all()
 
@@ -118,6 +123,6 @@ def test_fusing_through_the_pipeline_keeps_sparsity():
     handle = enable_sparse_attention(pipe, **SPARSE)
     sparse = latents(pipe, call)
     pipe.fuse_qkv_projections()
-    assert (latents(pipe, call) - sparse).abs().max() < 1e-4 and handle.report().density < 0.9
+    assert apart(latents(pipe, call), sparse) < 1e-5 and handle.report().density < 0.9
     pipe.unfuse_qkv_projections()
     assert latents(pipe, call).equal(sparse) and handle.report().density < 0.9
