@@ -16,7 +16,7 @@ from .config import SparseConfig
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of, why_refused
+from .pipelines.family import Family, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -189,7 +189,7 @@ class Installation:
 
     def _install_processor(self, module: Any, measure: bool) -> Undo:
         name = type(module.processor).__name__
-        if name not in self.family.stock_processors:
+        if name not in (self.family.stock_processor, self.family.fused_processor):
             self.handle.note(f"{name} is put aside until sparse attention is disabled")
         layer = LayerAttention(self.state, self.config, len(self.layers), measure)
         swap = Swap(module, self.family.processor(register_layer(layer)))
@@ -299,14 +299,10 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
     found = [(module, family) for module in modules if (family := family_of(module)) is not None]
     if not found:
-        for module in modules:
-            if reason := why_refused(module):
-                raise UnsupportedPipelineError(
-                    f"{type(module).__name__} cannot run sparse: {reason}"
-                )
         supported = ", ".join(name for family in families() for name in family.pipelines)
+        reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that can run sparse; supported are"
+            f"{type(pipe).__name__} has no transformer that can run sparse{reasons}; supported are"
             f" {supported} and their transformers"
         )
     return found

@@ -12,6 +12,8 @@ from ..grid import VideoGrid
 from ..step import attend
 from .family import CurrentCall, Family, Prepared, Undo
 
+FUSED = "FusedCogVideoXAttnProcessor2_0"
+
 
 class CogVideoXSparseAttnProcessor:
     """The stock processor, fused projections or not, with the attention handed to a layer of ours.
@@ -52,7 +54,7 @@ class CogVideoXSparseAttnProcessor:
 
     def _projections(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
         """As the stock processor would: unfusing leaves the module's fused weights behind."""
-        if type(self.before).__name__.startswith("Fused"):
+        if type(self.before).__name__ == FUSED:
             return attn.to_qkv(x).chunk(3, dim=-1)
         return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
@@ -125,7 +127,8 @@ COGVIDEOX = Family(
     ),
     guidance="one batch",
     fps=8,
-    stock_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+    stock_processor="CogVideoXAttnProcessor2_0",
+    fused_processor=FUSED,
     processor=CogVideoXSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,

@@ -50,7 +50,8 @@ class Family:
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
         fps: frames per second that the models were trained on.
-        stock_processors: class names of diffusers' own attention processors that ours stand for.
+        stock_processor: class name of diffusers' own attention processor.
+        fused_processor: of that for fused projections, where it is another.
         processor: class of the attention processor, built with the slot of its layer, with a
             method `dense` (query, key, value, kv_len) -> output on (B, S, H, D). The processor it
             stands for is put on it as `before`.
@@ -65,11 +66,18 @@ class Family:
     pipelines: tuple[str, ...]
     guidance: str
     fps: float
-    stock_processors: tuple[str, ...]
+    stock_processor: str
     processor: type
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
+    fused_processor: str | None = None
+
+
+REFUSED = {  # transformers that look as if they were supported, and why they are not
+    "HunyuanVideoFramepackTransformer3DModel": "earlier frames, shrunk to three sizes, stand in"
+    " front of the video, so that it does not attend over one grid of video tokens",
+}
 
 
 def families() -> tuple[Family, ...]:
@@ -78,15 +86,6 @@ def families() -> tuple[Family, ...]:
     from .wan import WAN
 
     return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
-
-
-# Near relatives of the families, by class name, and why they are none of them.
-REFUSED = {
-    "HunyuanVideoFramepackTransformer3DModel": (
-        "Framepack puts earlier frames, shrunk to three sizes, in front of the video, so that its"
-        " attention is not over one grid of tokens and neither a block order nor a reused mask fits"
-    ),
-}
 
 
 def family_of(transformer: nn.Module) -> Family | None:
@@ -100,6 +99,7 @@ def family_of(transformer: nn.Module) -> Family | None:
     return None
 
 
-def why_refused(transformer: nn.Module) -> str | None:
-    names = (cls.__name__ for cls in type(transformer).__mro__)
-    return next((REFUSED[name] for name in names if name in REFUSED), None)
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a transformer is refused, None where nothing special is known of it."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((f"{name}: {REFUSED[name]}" for name in names if name in REFUSED), None)

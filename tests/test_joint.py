@@ -267,7 +267,7 @@ def test_framepack_is_refused_with_the_reason():
     with pytest.raises(UnsupportedPipelineError, match="earlier frames, shrunk to three sizes"):
         enable_sparse_attention(transformer)
     transformer.__class__ = Derived
-    with pytest.raises(UnsupportedPipelineError, match="Derived .* not over one grid"):
+    with pytest.raises(UnsupportedPipelineError, match="Derived .* does not attend over one grid"):
         enable_sparse_attention(transformer)
 
 

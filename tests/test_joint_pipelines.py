@@ -79,6 +79,9 @@ def test_exact_then_sparse_then_undone(name, guided):
     report = handle.report()
     assert report.steps == STEPS and report.density < 0.9
     assert {entry["branch"] for entry in report.trace} == branches
+    grid = handle._installed[0].state.call.grid
+    assert (grid.frames, grid.height, grid.width) == (5 if "X 1.5" in name else 9, 5, 7)
+    assert grid.conditioning_frames == ("I2V" in name)
 
     handle.disable()
     assert leftovers(pipe.transformer) == ([], set())
@@ -105,16 +108,6 @@ def test_two_videos_per_prompt(name):
     assert apart(latents(pipe, call, num_videos_per_prompt=2), stock) < 1e-5
     enable_sparse_attention(pipe, **SPARSE)
     assert latents(pipe, call, num_videos_per_prompt=2).isfinite().all()
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_first_frame_is_conditioning_where_it_is_an_image(name):
-    pipe, call = build(name, guided=False)
-    handle = enable_sparse_attention(pipe, **SPARSE)
-    latents(pipe, call)
-    grid = handle._installed[0].state.call.grid
-    assert grid.conditioning_frames == ("I2V" in name)
-    assert (grid.height, grid.width) == (5, 7) and grid.frames == (5 if "X 1.5" in name else 9)
 
 
 def test_fusing_through_the_pipeline_keeps_sparsity():
