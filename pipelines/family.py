@@ -75,6 +75,8 @@ class Family:
 
 
 REFUSED = {  # transformers that look as if they were supported, and why they are not
+    "WanAnimate2Transformer3DModel": "it attends to generated and reference tokens together, through"
+    " a mask of its own, and not over one grid of video tokens",
     "HunyuanVideoFramepackTransformer3DModel": "earlier frames, shrunk to three sizes, stand in"
     " front of the video, so that it does not attend over one grid of video tokens",
 }
@@ -89,14 +91,8 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(transformer: nn.Module) -> Family | None:
-    """The family of the nearest class in the hierarchy that is known or refused."""
-    for cls in type(transformer).__mro__:
-        if cls.__name__ in REFUSED:
-            return None
-        for family in families():
-            if cls.__name__ in family.transformers:
-                return family
-    return None
+    names = {cls.__name__ for cls in type(transformer).__mro__}
+    return next((f for f in families() if names & set(f.transformers)), None)
 
 
 def refusal_of(module: nn.Module) -> str | None:
