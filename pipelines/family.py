@@ -41,7 +41,7 @@ class Prepared:
     per_token: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Facts of a family, and the few functions that differ between families.
 
@@ -67,11 +67,11 @@ class Family:
     guidance: str
     fps: float
     stock_processor: str
+    fused_processor: str | None = None
     processor: type
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
-    fused_processor: str | None = None
 
 
 REFUSED = {  # transformers that look as if they were supported, and why they are not
