@@ -215,6 +215,7 @@ class Installation:
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
+        self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
         self.state.begin(
             Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
@@ -227,6 +228,15 @@ class Installation:
             )
         changed = prepared.changed | self._reordered(given, prepared.per_token)
         return ((), given | changed) if changed else None
+
+    def _tell_of_forced_blocks(self, grid: VideoGrid) -> None:
+        """They count towards the density; where they alone are more, it cannot be kept."""
+        share = grid.forced_share(self.config.block_size)
+        if share > self.config.density:
+            self.handle.note(
+                f"text and conditioning frames are {share:.0%} of the blocks and always attended:"
+                f" density={self.config.density:g} leaves the rest with its own block alone"
+            )
 
     def _reordered(self, given: dict, names: tuple[str, ...]) -> dict:
         """Inputs that are per-token tables, in block order."""
@@ -247,6 +257,10 @@ class Installation:
         if self.config.density == 1 or self.config.order == "raster":
             return None
         return _order_on(like.device, self.grid, self.config.order, self.config.block_size)
+
+    def order_in_layers(self) -> None:
+        for layer in self.layers:
+            layer.order = self.order
 
     def remove(self) -> None:
         self._undo.close()

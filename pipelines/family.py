@@ -20,6 +20,10 @@ class CurrentCall(Protocol):
     def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Block order of the video tokens and its inverse on a tensor's device, None for raster."""
 
+    def order_in_layers(self) -> None:
+        """Let each layer put its own tokens in block order and back: where a model slices tokens
+        by frame between its layers, they must stay in raster order there."""
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -48,6 +48,15 @@ def test_text_attends_and_is_attended(method):
     assert mask[..., 0].all() and mask[..., 0, :].all()
 
 
+@pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])
+def test_conditioning_frames_attend_and_are_attended_within_the_budget(method):
+    options = {"density": 0.5} | ({"head_adaptive": False} if method is AdaSpa else {})
+    search = make_search(VideoGrid(8, 8, 16, conditioning_frames=2))
+    mask = method(**options).find(search).mask
+    assert mask[..., :4].all() and mask[..., :4, :].all()
+    assert (mask[..., 4:, :].sum(-1) == 8).all()  # half of 16 blocks, 4 of them forced
+
+
 def test_adaspa_uniform_keeps_the_heaviest_blocks_of_every_row():
     search = make_search(VideoGrid(5, 8, 16))
     config = AdaSpa(density=0.3, head_adaptive=False)

@@ -27,11 +27,14 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
 
 
 def forced_blocks(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
-    """Blocks that are always kept, (N, N) bool: a row's own block, and all that touch text."""
+    """Blocks that are always kept, (N, N) bool.
+
+    A row's own block, and all that touch text or a conditioning frame.
+    """
     forced = torch.eye(grid.num_blocks(block_size), dtype=torch.bool, device=device)
-    text = grid.text_blocks(block_size)
-    forced[:, text.start : text.stop] = True
-    forced[text.start : text.stop, :] = True
+    for blocks in (grid.text_blocks(block_size), grid.conditioning_blocks(block_size)):
+        forced[:, blocks.start : blocks.stop] = True
+        forced[blocks.start : blocks.stop, :] = True
     return forced
 
 
