@@ -16,7 +16,7 @@ from .config import SparseConfig
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of
+from .pipelines.family import Family, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -309,8 +309,9 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     found = [(module, family) for module in modules if (family := family_of(module)) is not None]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
+        reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that can run sparse; supported are"
+            f"{type(pipe).__name__} has no transformer that can run sparse{reasons}; supported are"
             f" {supported} and their transformers"
         )
     return found

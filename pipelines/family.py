@@ -71,14 +71,27 @@ class Family:
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
 
 
+REFUSED = {  # transformers that look as if they were supported, and why they are not
+    "WanAnimate2Transformer3DModel": "it attends to generated and reference tokens together, through"
+    " a mask of its own, and not over one grid of video tokens",
+}
+
+
 def families() -> tuple[Family, ...]:
     from .cogvideox import COGVIDEOX
     from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
     from .wan import WAN
+    from .wan_animate import WAN_ANIMATE
 
-    return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
+    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
 
 
 def family_of(transformer: nn.Module) -> Family | None:
     names = {cls.__name__ for cls in type(transformer).__mro__}
     return next((f for f in families() if names & set(f.transformers)), None)
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a transformer is refused, None where nothing special is known of it."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((f"{name}: {REFUSED[name]}" for name in names if name in REFUSED), None)
