@@ -1,4 +1,4 @@
-"""Wan Animate: a Wan whose face blocks slice the tokens by frame, and a reference frame in front."""
+"""Wan Animate: face blocks slice the tokens by frame, and a reference frame stands in front."""
 
 from collections.abc import Iterable
 from typing import Any

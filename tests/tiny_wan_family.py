@@ -142,8 +142,8 @@ def animate(segments=1, **call):
 
 
 def animate_replace():
-    background = {"background_video": images(), "mask_video": [Image.new("L", (WIDTH, HEIGHT), 255)] * FRAMES}
-    return animate(mode="replace", **background)
+    mask = [Image.new("L", (WIDTH, HEIGHT), 255)] * FRAMES
+    return animate(mode="replace", background_video=images(), mask_video=mask)
 
 
 def lucy_edit():
