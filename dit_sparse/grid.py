@@ -1,6 +1,6 @@
 """The video token grid, the text beside it, and the orders in which tokens are cut into blocks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -26,7 +26,7 @@ class VideoGrid:
     width: int
     text_tokens: int = 0
     text_first: bool = False
-    conditioning_frames: int = field(default=0, kw_only=True)
+    conditioning_frames: int = 0
 
     def __post_init__(self):
         if min(self.frames, self.height, self.width) < 1 or self.text_tokens < 0:

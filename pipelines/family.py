@@ -72,8 +72,8 @@ class Family:
 
 
 REFUSED = {  # transformers that look as if they were supported, and why they are not
-    "WanAnimate2Transformer3DModel": "it attends to generated and reference tokens together, by a"
-    " mask of its own, and not over one grid of video tokens",
+    "WanAnimate2Transformer3DModel": "it attends to generated and reference tokens together,"
+    " through a mask of its own, and not over one grid of video tokens",
 }
 
 

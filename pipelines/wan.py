@@ -71,10 +71,11 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     One host sync where a model can be given frames, none for text-to-video.
     """
     config = transformer.config
-    sizes = (n // p for n, p in zip(given["hidden_states"].shape[2:], config.patch_size))
-    frames = _given_frames(config, given)
-    leading = 0 if frames is None else int(frames.long().cumprod(0).sum())
-    return Prepared(VideoGrid(*sizes, conditioning_frames=leading))
+    latents = given["hidden_states"].shape[2:]
+    frames, height, width = (n // p for n, p in zip(latents, config.patch_size))
+    conditions = _given_frames(config, given)
+    leading = 0 if conditions is None else int(conditions.long().cumprod(0).sum())
+    return Prepared(VideoGrid(frames, height, width, conditioning_frames=leading))
 
 
 def _given_frames(config: Any, given: dict[str, Any]) -> Tensor | None:
