@@ -90,8 +90,9 @@ def families() -> tuple[Family, ...]:
     from .cogvideox import COGVIDEOX
     from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
     from .wan import WAN
+    from .wan_animate import WAN_ANIMATE
 
-    return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
+    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
 
 
 def family_of(transformer: nn.Module) -> Family | None:
