@@ -5,17 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_joint
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLHunyuanVideo,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
@@ -65,36 +62,13 @@ def hunyuan_video():
         projection_dim=8,
         **IDS,
     )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        mid_block_add_attention=True,
-    )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-    )
     return HunyuanVideoPipeline(
         text_encoder=LlamaModel(llama).eval(),
         tokenizer=tiny_tokenizer(),
         text_encoder_2=CLIPTextModel(clip).eval(),
         tokenizer_2=tiny_tokenizer(),
-        transformer=transformer.eval(),
-        vae=vae.eval(),
+        transformer=tiny_joint.hunyuan(),
+        vae=tiny_joint.hunyuan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
 
@@ -102,34 +76,11 @@ def hunyuan_video():
 def cogvideox(cls=CogVideoXPipeline, in_channels=4):
     torch.manual_seed(0)
     t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **IDS)
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=in_channels,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=9,
-        max_text_seq_length=226,
-        use_rotary_positional_embeddings=True,
-    )
     return cls(
         tokenizer=tiny_tokenizer(),
         text_encoder=T5EncoderModel(t5).eval(),
-        transformer=transformer.eval(),
-        vae=vae.eval(),
+        transformer=tiny_joint.cogvideox(in_channels=in_channels),
+        vae=tiny_joint.cogvideox_vae(),
         scheduler=CogVideoXDDIMScheduler(),
     )
 

@@ -84,9 +84,8 @@ def cogvideox(**options):
 cogvideox_15 = partial(cogvideox, patch_size_t=2, patch_bias=False)
 
 
-def hunyuan_pipeline(name, **options):
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
+def hunyuan_vae():
+    return AutoencoderKLHunyuanVideo(
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
@@ -94,8 +93,24 @@ def hunyuan_pipeline(name, **options):
         layers_per_block=1,
         norm_num_groups=4,
         mid_block_add_attention=True,
-    )
-    parts = {"vae": vae.eval(), "transformer": hunyuan(patch_size=2, **options)}
+    ).eval()
+
+
+def cogvideox_vae():
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+
+
+def hunyuan_pipeline(name, **options):
+    torch.manual_seed(0)
+    parts = {"vae": hunyuan_vae(), "transformer": hunyuan(patch_size=2, **options)}
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=7.0)
     return build(name, parts)
 
@@ -169,16 +184,7 @@ def hunyuan_15_image_call(batch, guided):
 
 def cogvideox_pipeline(name, make=cogvideox, **options):
     torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    parts = {"vae": vae.eval(), "transformer": make(**options)}
+    parts = {"vae": cogvideox_vae(), "transformer": make(**options)}
     return build(name, parts | {"scheduler": CogVideoXDDIMScheduler()})
 
 
@@ -219,7 +225,8 @@ def set_guidance(pipe, guided):
 def build(name, parts):
     """The pipeline class of that name, with None for the components that are not given."""
     cls = getattr(diffusers, name)
-    pipe = cls(**dict.fromkeys(cls._get_signature_types()) | parts)
+    wanted = set(cls._get_signature_types()) - {"self"}  # diffusers 0.36 lists it too
+    pipe = cls(**dict.fromkeys(wanted) | parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
