@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_wan import leftovers
 from tiny_joint import PIPELINES, cogvideox_call, cogvideox_pipeline, set_guidance
 
 from dit_sparse import enable_sparse_attention, supported_pipelines
@@ -38,14 +39,6 @@ def expected_branches(name, guided):
     if name in TWO_CALLS:
         names = ("pred_cond", "pred_uncond") if "1.5" in name else ("cond", "uncond")
     return set(names if guided else names[:1])
-
-
-def leftovers(module):
-    """Everything that a hook or a patch could have left on a module."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = [hook for m in module.modules() for kind in kinds for hook in getattr(m, kind).values()]
-    names = {"cache_context", "_reset_stateful_cache", "forward", "_dit_sparse_handle"}
-    return hooks, (names | {"fuse_qkv_projections", "unfuse_qkv_projections"}) & set(vars(module))
 
 
 def test_the_cases_are_all_that_we_claim():

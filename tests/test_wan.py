@@ -42,6 +42,7 @@ def leftovers(module):
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hooks = [hook for m in module.modules() for kind in kinds for hook in getattr(m, kind).values()]
     names = {"cache_context", "_reset_stateful_cache", "forward", "_dit_sparse_handle"}
+    names |= {"fuse_qkv_projections", "unfuse_qkv_projections"}
     return hooks, names & set(vars(module))
 
 
