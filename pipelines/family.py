@@ -49,7 +49,7 @@ class Family:
         transformers: class names; a subclass belongs to the family too.
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
-        text: where text tokens stand in self-attention.
+        text: where the text tokens stand.
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
         fused_processor: of that for fused projections, where it is another.

@@ -1,7 +1,6 @@
 """Every pipeline that runs on a Wan transformer, tiny, with a call that suits it, built offline.
 
-Text and CLIP encoders are stubs: most of these pipelines need ftfy to clean a prompt, and the
-encoders have no part in what is tested.
+Text and CLIP encoders are stubs: they have no part in what is tested.
 """
 
 from functools import partial
