@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 .PHONY: demo test test-all test-matrix lint clean
 
 demo: .venv/installed
-	$(BIN)/dit-sparse compare --method adaspa --out demo
+	$(BIN)/dit-sparse compare --method adaspa --steps 10 --out demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2

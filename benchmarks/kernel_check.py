@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from environment import commit_here  # noqa: E402
 from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
 
 from dit_sparse.kernels import block_sparse_fwd as forward  # noqa: E402
@@ -159,16 +159,6 @@ def time_shape(name: str, heads: int, seqlen: int, head_dim: int, sweep: bool) -
     return rows
 
 
-def commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the JSON")
@@ -203,7 +193,7 @@ def main() -> None:
             "cudnn": torch.backends.cudnn.version(),
             "triton": triton.__version__,
         },
-        "commit": arguments.commit or commit(),
+        "commit": arguments.commit or commit_here(),
         "seed": arguments.seed,
         "dtype": "bfloat16",
         "tiles": {f"{path} {dim}": tile for (path, dim), tile in forward.TILES.items()},

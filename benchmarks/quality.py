@@ -14,8 +14,6 @@ dense in all rows; intervals are over prompts, not over models.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from diffusers import WanPipeline  # noqa: E402
+from environment import environment  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 
 from dit_sparse import (  # noqa: E402
@@ -207,23 +206,6 @@ def equal_time_density(block_size, milliseconds):
     return min(max(0.1 + 0.2 * (milliseconds - low) / (high - low), 0.02), 0.6)
 
 
-def environment(args):
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        head = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "commit": args.commit or head,
-        "dtype": args.dtype,
-    }
-
-
 def main():
     add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
     add("--part", choices=("main", "ablation"), default="main")
@@ -241,8 +223,7 @@ def main():
     extra = {"main": main_part, "ablation": ablation_part}[args.part](runner)
     result = {
         "question": __doc__.split("\n")[0],
-        "command": " ".join(sys.argv),
-        "environment": environment(args),
+        "environment": environment(args.commit) | {"dtype": args.dtype},
         "call": runner.call,
         "prompts": runner.prompts[:: args.seeds],
         "seeds": list(range(args.seeds)),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from diffusers import WanPipeline  # noqa: E402
+from environment import environment  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 
 from dit_sparse import enable_sparse_attention  # noqa: E402
@@ -44,11 +45,11 @@ class Probe:
         self.early_step, self.rows, self.maps = early_step, rows, maps
         self.early = {}
 
-    def __call__(self, query, key, value):
+    def __call__(self, query, key, value, kv_len):
         call = self.state.call
         if call.step >= self.early_step and (call.step - self.early_step) % 5 == 0:
             self.look(call, query, key, value)
-        return self.dense(query, key, value)
+        return self.dense(query, key, value, kv_len)
 
     def look(self, call, query, key, value):
         masses = {}
@@ -133,6 +134,7 @@ def main():
     add("--out", type=Path, required=True)
     add("--prompts", type=int, default=8)
     add("--steps", type=int, default=25)
+    add("--commit", help="where there is no git here")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = WanPipeline.from_pretrained(args.pipeline).to(device)
@@ -145,7 +147,13 @@ def main():
         layer.dense = Probe(installed.state, index, layer.dense, early, rows, maps)
     prompts, _, _ = make_test_prompts(args.prompts, 23)
     pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="latent", **call)
-    result = {"command": " ".join(sys.argv), "call": call, "prompts": prompts, **summary(rows)}
+    result = {
+        "question": __doc__.split("\n")[0],
+        "environment": environment(args.commit),
+        "call": call,
+        "prompts": prompts,
+        **summary(rows),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     draw_maps(maps, args.out.with_suffix(".png"))

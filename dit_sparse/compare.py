@@ -28,9 +28,9 @@ from .video import write_gif, write_mp4, write_sheet
 
 SCHEMA = 1
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "torchmetrics")
-# First steps compile and load things; neither side should pay for that in its seconds.
+# First steps load things, and compile kernels on a GPU; no side should pay for that.
 GPU_WARM_UP_STEPS = 5
-CPU_WARM_UP_STEPS = 2
+CPU_WARM_UP_STEPS = 1
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Comparison:
             return
         call["num_inference_steps"] = GPU_WARM_UP_STEPS if on_gpu(self.pipe) else CPU_WARM_UP_STEPS
         self.steps.say("Warming up ...")
-        for method in [None, *self.methods]:
+        for method in [None, *self.methods] if on_gpu(self.pipe) else [None]:
             generate_clip(self.pipe, self.prompts[0], 0, call, method, self.measure)
 
     def generate(self, prompt: int, seed: int, method: MethodSpec | None, label: str) -> Clip:

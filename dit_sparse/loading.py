@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,30 @@ DTYPES = {
 class CallArguments:
     """How to call a pipeline: keyword arguments, frames per second, prompts, committed figures.
 
-    `noise_floor` and `chance` were measured with exactly these arguments; others void them.
+    `measured` lists what was measured with which call: `call`, `noise_floor`, `chance`.
     """
 
     call: dict[str, Any]
     fps: float = DEFAULT_FPS
     prompts: tuple[str, ...] = ()
-    noise_floor: dict[str, Any] | None = None
-    chance: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    measured: tuple[dict[str, Any], ...] = ()
 
     def override(self, **changes: Any) -> "CallArguments":
-        """The same with every change that is not None; figures measured otherwise are dropped."""
+        """The same with every change that is not None."""
         changes = {name: value for name, value in changes.items() if value is not None}
-        call = {**self.call, **changes}
-        if call == self.call:
-            return self
-        return CallArguments(call, self.fps, self.prompts)
+        return replace(self, call={**self.call, **changes})
+
+    @property
+    def noise_floor(self) -> dict[str, Any] | None:
+        return self._figure("noise_floor")
+
+    @property
+    def chance(self) -> dict[str, Any] | None:
+        return self._figure("chance")
+
+    def _figure(self, name: str) -> dict[str, Any] | None:
+        """A committed figure, if it was measured with exactly this call."""
+        return next((entry[name] for entry in self.measured if entry["call"] == self.call), None)
 
 
 def boxed_pipeline() -> Path:
@@ -151,8 +158,7 @@ def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
             call=stored["call"],
             fps=stored.get("fps", DEFAULT_FPS),
             prompts=tuple(stored.get("prompts", ())),
-            noise_floor=stored.get("noise_floor"),
-            chance=stored.get("chance"),
+            measured=tuple(stored.get("measured", ())),
         )
     call = {name: known[name].default for name in CALL_ARGUMENTS if name in known}
     fps = [family.fps for family in families() if type(pipe).__name__ in family.pipelines]

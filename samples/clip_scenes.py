@@ -65,11 +65,11 @@ class Dice:
         return self.pick(2) * 2.0 - 1
 
 
-def roll_object(dice, height, width, table):
+def roll_object(dice, height, width, table, top_speed):
     """Settings of one shape per clip; `table` (N, 3) lists the allowed triples."""
     colour, shape, direction = table[dice.pick(len(table))].unbind(1)
     moving = direction != DIRECTIONS.index("still")
-    speed = (0.3 + 3.7 * dice.uniform() ** 1.5) * moving  # half of them below 1.6
+    speed = (0.3 + (top_speed - 0.3) * dice.uniform() ** 1.5) * moving  # more slow ones
     frame = torch.tensor([float(width), float(height)])
     return SimpleNamespace(
         colour=colour,
@@ -92,22 +92,22 @@ def roll_object(dice, height, width, table):
     )
 
 
-def roll_scene(dice, camera_probability=0.5, second=0.3, pillar=0.12):
+def roll_scene(dice, camera=0.5, second=0.3, pillar=0.12, light=0.12, contrast=0.11):
     """Settings of everything else: camera, background, second shape, pillar, light."""
-    camera = (dice.pick(len(CAMERAS) - 1) + 1) * dice.chance(camera_probability)
+    camera = (dice.pick(len(CAMERAS) - 1) + 1) * dice.chance(camera)
     return SimpleNamespace(
         camera=camera,
         camera_speed=dice.uniform(0.2, 2.5),  # tokens per frame
         zoom=dice.uniform(0.3, 0.7),
         background=dice.pick(len(BACKGROUNDS)),
-        contrast=dice.uniform(0.05, 0.11),
+        contrast=dice.uniform(0.45, 1.0) * contrast,
         steepness=dice.uniform(1.0, 1.4),
         second=dice.chance(second),
         second_on_top=dice.chance(0.3),
         pillar=dice.chance(pillar) & (camera < CAMERAS.index("zooms in")),
         pillar_place=dice.uniform(0.3, 0.7),
         pillar_width=dice.uniform(0.05, 0.10),
-        light=(dice.pick(2) + 1) * dice.chance(0.12),  # 0 steady, 1 flickers, 2 fades
+        light=(dice.pick(2) + 1) * dice.chance(light),  # 0 steady, 1 flickers, 2 fades
         light_depth=dice.uniform(0.25, 0.5),
         light_rate=dice.uniform(0.8, 2.5),
     )

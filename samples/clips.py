@@ -175,16 +175,18 @@ def move(settings, device):
 
 
 @torch.no_grad()
-def draw_clips(count, frames, height, width, generator, device="cpu", table=None, **odds):
+def draw_clips(
+    count, frames, height, width, generator, device="cpu", table=None, top_speed=4.0, **odds
+):
     """Draw `count` clips from a CPU `generator`.
 
     Returns video (B, T, 3, H, W) in [-1, 1], captions, and labels (B, 3) on the CPU: colour,
     shape and direction of the main object.  `table` lists the triples that may be drawn (default:
-    those not held out); `odds` go to `roll_scene`, e.g. `second=0`.
+    those not held out), `top_speed` is in tokens a frame; `odds` go to `roll_scene`.
     """
     dice = Dice(count, generator)
     table = triples()[len(holdout()) :] if table is None else table
-    main, other = (roll_object(dice, height, width, table) for _ in range(2))
+    main, other = (roll_object(dice, height, width, table, top_speed) for _ in range(2))
     scene = roll_scene(dice, **odds)
     luck = torch.rand(count, 24, generator=generator).tolist()
     listed = [vars_to_lists(thing) for thing in (main, other, scene)]

@@ -269,6 +269,8 @@ def main():
     pipe = WanPipeline.from_pretrained(args.pipeline).to(device)
     pipe.set_progress_bar_config(disable=True)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    report = {"call": call, "gpu": gpu, "torch": torch.__version__, **report}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     contact_sheet(video, args.sheet or args.out.with_suffix(".png"))
     print(json.dumps({k: v for k, v in report.items() if k != "clips"}, indent=1))

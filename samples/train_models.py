@@ -103,6 +103,15 @@ def tokenize(tokenizer, captions):
     return batch.input_ids
 
 
+def turned_words(tokenizer):
+    """Token id of every word's opposite direction, of the word itself where it has none, (V,)."""
+    turned = torch.arange(len(tokenizer))
+    for a, b in (("left", "right"), ("up", "down")):
+        i, j = tokenizer.convert_tokens_to_ids([a, b])
+        turned[i], turned[j] = j, i
+    return turned
+
+
 def embed_text(text_encoder, ids):
     """Prompt embeddings (B, 512, 128), zero past each prompt's end as in WanPipeline."""
     mask = (ids > 0).long()
@@ -167,7 +176,7 @@ def save_pipeline(folder, vae, text_encoder, transformer):
     """Write the diffusers folder in 16 bits, loadable offline and by transformers 4 and 5."""
     folder = Path(folder)
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )
     pipe = WanPipeline(
         tokenizer=build_tokenizer(), text_encoder=text_encoder.half(), vae=vae.half(),
@@ -179,5 +188,6 @@ def save_pipeline(folder, vae, text_encoder, transformer):
     edit_json(folder / "tokenizer/tokenizer_config.json", lambda s: s.update(tokenizer_class=fast))
     # transformers 5 loads in the dtype named here; the pipeline is meant to load in float32
     edit_json(folder / "text_encoder/config.json", lambda s: s.update(dtype="float32"))
+    edit_json(folder / "vae/config.json", lambda s: s.pop("_name_or_path", None))
     box = {"call": CALL, "fps": 8, "prompts": PROMPTS}
     (folder / "dit_sparse.json").write_text(json.dumps(box, indent=2) + "\n")

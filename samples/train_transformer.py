@@ -25,6 +25,13 @@ from train_common import (
 from transformers import UMT5EncoderModel
 
 CLOCK = 25  # updates between looks at the clock
+READING = 0.05  # weight of the loss that keeps words apart
+# Kinds of clips in turn, up to a share of the training; those not asked for are left out.
+TURNS = (
+    (0.4, ("plain", "main", "plain", "low")),
+    (0.7, ("plain", "main", "low", "main")),
+    (1.0, ("main",) * 7 + ("large",)),
+)
 
 
 @torch.no_grad()
@@ -39,7 +46,7 @@ def encode_pool(args, vae, tokenizer, size, seed):
         while len(captions) < size.clips and (time.monotonic() < end or not captions):
             number = min(size.chunk, size.clips - len(captions))
             video, text, _ = clips.draw_clips(
-                number, size.frames, size.side, size.side, generator, args.device
+                number, size.frames, size.side, size.side, generator, args.device, **size.draw
             )
             code = (parts.encode_frames(vae, video.flatten(0, 1))[0] - mean) / std
             code = code.unflatten(0, (number, size.frames)).transpose(1, 2)
@@ -62,6 +69,10 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.optimizers = optimizers(self.model, args.lr, args.device)
         self.empty = parts.tokenize(tokenizer, [""]).to(args.device)  # (1, L)
+        self.turned = parts.turned_words(tokenizer).to(args.device)  # (V,)
+        width = self.model.transformer.condition_embedder.text_embedder.linear_2.out_features
+        codes = torch.randn(len(tokenizer), width, generator=torch.Generator().manual_seed(0))
+        self.codes = F.normalize(codes, dim=1).to(args.device)  # (V, C)
         self.step, self.trained = 0, 0.0
         if self.path.exists():
             self.load()
@@ -103,24 +114,47 @@ class Trainer:
         save_checkpoint(self.path, {**state, "step": self.step, "trained": self.trained})
 
     def loss(self, pool):
-        """Flow-matching loss at logit-normal times, an eighth of the captions left out."""
+        """Flow-matching loss at logit-normal times, an eighth of the captions left out.
+
+        Besides, each word must be readable from its embedding by a fixed code. A text encoder
+        that is trained on this task alone merges words whose difference it does not need yet
+        (left and right), and never tells them apart again.
+        """
         rows = torch.randint(len(pool.latents), (pool.batch,), device=pool.ids.device)
         clean, ids = pool.latents[rows].float(), pool.ids[rows]
         dropped = torch.rand(pool.batch, 1, device=ids.device) < 0.12
         ids = torch.where(dropped, self.empty, ids)
         time_ = torch.randn(pool.batch, device=ids.device).sigmoid()
         time_ = pool.shift * time_ / (1 + (pool.shift - 1) * time_)
-        noise = torch.randn_like(clean)
+        flow, text = self.flow_loss(clean, ids, time_, torch.randn_like(clean))
+        words = self.model.transformer.condition_embedder.text_embedder(text[:, : ids.shape[1]])
+        reading = F.cross_entropy((words.float() @ self.codes.T).mT, ids, ignore_index=0)
+        return flow, reading
+
+    def flow_loss(self, clean, ids, time_, noise):
+        """Mean squared error of the velocity at `time_` (B,), and the text (B, 512, C)."""
         noisy = torch.lerp(clean, noise, time_.view(-1, 1, 1, 1, 1))
         with autocast(self.args):
             text = parts.embed_text(self.model.text_encoder, ids)
             velocity = self.model.transformer(noisy, time_ * 1000, text, return_dict=False)[0]
-        return F.mse_loss(velocity.float(), noise - clean)
+        return F.mse_loss(velocity.float(), noise - clean), text
+
+    @torch.no_grad()
+    def direction_gain(self, pool):
+        """How much worse captions with the opposite direction predict the velocity, relative."""
+        clean, ids = pool.latents[: pool.batch].float(), pool.ids[: pool.batch]
+        generator = torch.Generator(ids.device).manual_seed(0)
+        noise = torch.randn(clean.shape, generator=generator, device=ids.device)
+        time_ = torch.full((len(clean),), 0.9, device=ids.device)
+        right, wrong = (
+            self.flow_loss(clean, words, time_, noise)[0] for words in (ids, self.turned[ids])
+        )
+        return (wrong / right - 1).item()
 
     def update(self, pool, lr):
-        loss = self.loss(pool)
+        loss, reading = self.loss(pool)
         self.model.zero_grad()
-        loss.backward()
+        (loss + READING * reading).backward()
         if self.args.world > 1:
             average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -152,7 +186,7 @@ def train_transformer(args):
     for number, (name, size) in enumerate(args.sizes.items()):
         latents, ids = encode_pool(args, vae, tokenizer, size, seed + number)
         pools[name] = Pool(latents, ids, size.batch, size.shift)
-        trainer.loss(pools[name]).backward()  # compiles outside the training clock
+        sum(trainer.loss(pools[name])).backward()  # compiles outside the training clock
         trainer.model.zero_grad()
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -163,11 +197,10 @@ def train_transformer(args):
     trainer.save()
 
 
-def pool_of(progress, step):
-    """Half of the first updates on low clips, an eighth of the last on large ones."""
-    if progress < 0.6:
-        return "low" if step % 2 else "main"
-    return "main" if step % 8 else "large"
+def pool_of(progress, step, pools):
+    names = next(names for end, names in TURNS if progress <= end)
+    names = [name for name in names if name in pools]
+    return names[step % len(names)]
 
 
 def run_updates(args, trainer, pools, end, total):
@@ -178,15 +211,17 @@ def run_updates(args, trainer, pools, end, total):
     begun = saved = time.monotonic()
     before, late = trainer.trained, False
     while trainer.trained < total and not late:
-        progress, losses = trainer.trained / total, []
+        progress, losses = min(trainer.trained / total, 1.0), []
         lr = args.lr * cosine(progress, 0.03)
         for _ in range(CLOCK):
-            name = pool_of(progress, trainer.step)
+            name = pool_of(progress, trainer.step, pools)
             loss = trainer.update(pools[name], lr)
             if name == "main":
                 losses.append(loss)
-        mean = torch.stack(losses).mean().item()
-        record(args, stage="transformer", step=trainer.step, loss=mean, lr=lr)
+        mean, gain = torch.stack(losses).mean().item(), trainer.direction_gain(pools["main"])
+        record(
+            args, stage="transformer", step=trainer.step, loss=mean, direction_gain=gain, lr=lr
+        )  # fmt: skip
         now = first_says(time.monotonic(), args.device)
         trainer.trained = before + now - first_says(begun, args.device)
         late = first_says(time.monotonic() > end, args.device) > 0

@@ -34,14 +34,19 @@ class Size(NamedTuple):
     chunk: int  # drawn at once
     batch: int
     shift: float  # of the noise levels: more noise for more tokens
+    draw: dict = {}
 
 
+# One shape on a plain ground: what moves, and where to, is all that there is to learn.
+PLAIN = {"top_speed": 1.5, "camera": 0, "second": 0, "pillar": 0, "light": 0, "contrast": 0.01}
 SIZES = {
+    "plain": Size(9, 64, 65536, 15, 512, 256, 4.0, PLAIN),
     "low": Size(17, 64, 65536, 20, 256, 128, 3.0),
     "main": Size(17, 128, 32768, 30, 64, 32, 4.0),
     "large": Size(33, 256, 512, 10, 8, 2, 6.0),
 }
 SMOKE_SIZES = {
+    "plain": Size(3, 16, 4, 3, 4, 2, 4.0, PLAIN),
     "low": Size(3, 16, 4, 3, 4, 2, 3.0),
     "main": Size(3, 32, 8, 3, 4, 2, 4.0),
     "large": Size(5, 64, 2, 3, 1, 1, 6.0),
@@ -60,6 +65,7 @@ def parse_arguments():
     add("--total-seconds", type=float, default=720, help="transformer training over all calls")
     add("--init", type=Path, help="pipeline folder to go on from, instead of new weights")
     add("--final", action="store_true", help="finish the learning-rate schedule in this call")
+    add("--pools", default=",".join(SIZES), help="kinds of clips to train on")
     add("--lr", type=float, default=1e-3)
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="seconds on a CPU: tiny sizes, a few iterations")
@@ -68,7 +74,7 @@ def parse_arguments():
         args.stage = "vae,checker,transformer,save"
     start_processes(args)
     args.frames, args.size, args.layers, args.chunk = 17, 128, 6, 64
-    args.sizes = SIZES
+    args.sizes = {name: SIZES[name] for name in args.pools.split(",")}
     if args.smoke:
         args.frames, args.size, args.layers, args.chunk = 3, 32, 2, 4
         args.sizes = SMOKE_SIZES

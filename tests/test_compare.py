@@ -1,6 +1,7 @@
 """The comparison on a tiny random pipeline: its report, its files, and what survives a failure."""
 
 import json
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -104,7 +105,7 @@ def test_finished_clips_survive_a_failure(pipe, tmp_path, monkeypatch, failure):
 
     def fails_at_last(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 6:  # two of the warm-up, two of the first prompt, dense of the second
+        if len(calls) == 5:  # one of the warm-up, two of the first prompt, dense of the second
             raise failure
         return real(*args, **kwargs)
 
@@ -120,9 +121,18 @@ def test_finished_clips_survive_a_failure(pipe, tmp_path, monkeypatch, failure):
 
 def test_committed_figures_hold_only_for_their_own_settings(pipe):
     arguments = call_arguments(pipe, tiny_folder())
-    arguments = type(arguments)(arguments.call, noise_floor={"psnr": 50})
-    assert arguments.override(height=64, num_frames=None).noise_floor == {"psnr": 50}
-    assert arguments.override(height=32).noise_floor is None
+    small = {**arguments.call, "height": 32}
+    figures = [{"call": small, "noise_floor": {"psnr": 50}, "chance": {"psnr": 10}}]
+    arguments = replace(arguments, measured=figures)
+    assert arguments.noise_floor is None
+    assert arguments.override(height=32, num_frames=None).noise_floor == {"psnr": 50}
+    assert arguments.override(height=32).chance == {"psnr": 10}
+
+
+def test_the_boxed_pipeline_is_called_as_its_own_file_says(pipe):
+    arguments = call_arguments(pipe, None)
+    assert arguments.call["num_inference_steps"] == 25 and arguments.call["height"] == 128
+    assert arguments.prompts and arguments.noise_floor and arguments.chance
 
 
 def test_a_pipeline_without_call_file_uses_its_own_defaults(pipe, tmp_path):

@@ -1,0 +1,34 @@
+"""Where and with what a benchmark ran: the part of every result file that says so."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and command; `commit` where there is no git."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": " ".join(sys.argv),
+        "gpu": gpu,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or commit_here(),
+    }
+
+
+def commit_here() -> str:
+    """The commit that is checked out, "unknown" without git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
