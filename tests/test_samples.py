@@ -29,7 +29,8 @@ from transformers import (
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
-TINY = ["--frames", "9", "--steps", "2", "--method", "adaspa:density=0.5,block_size=32"]
+SPARSE = "adaspa:density=0.5,block_size=32"
+TINY = ["--frames", "9", "--steps", "2", "--method", SPARSE]
 
 
 def wan():
@@ -129,9 +130,10 @@ def test_script_runs_a_folder_and_saves_its_video(monkeypatch, tmp_path, capsys,
 def test_wan_without_a_model_takes_the_small_one_and_its_settings(monkeypatch, tmp_path, capsys):
     out = tmp_path / "video.mp4"
     small = ["--height", 32, "--width", 32]  # its own size takes minutes: see the slow test
-    run(monkeypatch, "wan.py", "--steps", 2, "--method", "dense", *small, "--out", out)
-    assert "dense attention" in capsys.readouterr().out
-    assert len(frames_of(out)) == 17
+    for method, printed in ("dense", "dense attention"), (SPARSE, "effective cost"):
+        run(monkeypatch, "wan.py", "--steps", 2, "--method", method, *small, "--out", out)
+        assert printed in capsys.readouterr().out
+        assert len(frames_of(out)) == 17
 
 
 @pytest.mark.slow
