@@ -28,9 +28,8 @@ from .video import write_gif, write_mp4, write_sheet
 
 SCHEMA = 1
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "torchmetrics")
-# First steps load things, and compile kernels on a GPU; no side should pay for that.
-GPU_WARM_UP_STEPS = 5
-CPU_WARM_UP_STEPS = 1
+# First steps compile kernels on a GPU; neither side should pay for that in its seconds.
+WARM_UP_STEPS = 5
 
 
 @dataclass
@@ -124,11 +123,11 @@ class Comparison:
 
     def warm_up(self) -> None:
         call = dict(self.arguments.call)
-        if "num_inference_steps" not in call:
+        if not on_gpu(self.pipe) or "num_inference_steps" not in call:
             return
-        call["num_inference_steps"] = GPU_WARM_UP_STEPS if on_gpu(self.pipe) else CPU_WARM_UP_STEPS
+        call["num_inference_steps"] = WARM_UP_STEPS
         self.steps.say("Warming up ...")
-        for method in [None, *self.methods] if on_gpu(self.pipe) else [None]:
+        for method in [None, *self.methods]:
             generate_clip(self.pipe, self.prompts[0], 0, call, method, self.measure)
 
     def generate(self, prompt: int, seed: int, method: MethodSpec | None, label: str) -> Clip:

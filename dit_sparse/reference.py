@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 
-GATHERED_ELEMENTS = 1 << 22  # gathered keys of one chunk: stays near the cache of a CPU
+GATHERED_ELEMENTS = 1 << 21  # gathered keys of one chunk: near the cache of a CPU
 
 
 def sparse_attention(

@@ -173,7 +173,7 @@ def test_out_of_memory_in_the_attention_keeps_what_was_compared(tmp_path, monkey
     real, calls = step.sparse_attention, iter(range(1000))
 
     def fails_late(*args, **kwargs):
-        if next(calls) == 2:  # in the first sparse clip: on a CPU the warm-up is dense
+        if next(calls) == 2:  # in the first sparse clip
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return real(*args, **kwargs)
 
