@@ -42,6 +42,7 @@ def train_vae(args):
                     record(args, stage="vae", step=step, loss=loss.item())
         parts.zero_past_taps(vae)
         measure_vae(args, vae.eval())
+    measure_stock(args, vae)
     names = ("latents_mean", "latents_std", "scaling_factor")
     config = {name: vae.config[name] for name in names if name in vae.config}
     save_checkpoint(args.work / "vae.pt", {"weights": vae.state_dict(), "config": config})
@@ -62,16 +63,31 @@ def vae_step(args, vae, optimizer, video):
     return loss.detach()
 
 
+def psnr(decoded, video):
+    """Of each clip, (B,)."""
+    errors = (decoded.clamp(-1, 1) - video).square().mean((1, 2, 3, 4))
+    return 10 * torch.log10(4 / errors)
+
+
 @torch.no_grad()
 def measure_vae(args, vae):
     """Report PSNR on unseen clips and put the latents' statistics into the config."""
-    video = draw_batches(args, torch.Generator().manual_seed(args.seed + 2))
-    means, errors = [], []
-    for part in video.split(args.chunk // FRAMES):
-        mean = args.family.encode(vae, part)[0]
-        decoded = args.family.decode(vae, mean).clamp(-1, 1)
-        means.append(mean)
-        errors.append((decoded - part).square().mean((1, 3, 4)).flatten())
-    psnr = 10 * torch.log10(4 / torch.cat(errors))
-    record(args, stage="vae", psnr=psnr.mean().item(), worst_tenth=psnr.quantile(0.1).item())
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    batches = draw_batches(args, generator).split(args.chunk // FRAMES)
+    means = [args.family.encode(vae, video)[0] for video in batches]
+    found = [psnr(args.family.decode(vae, mean), video) for mean, video in zip(means, batches)]
+    found = torch.cat(found)
+    record(args, stage="vae", psnr=found.mean().item(), worst_tenth=found.quantile(0.1).item())
     args.family.set_statistics(vae, torch.cat(means).transpose(0, 1).flatten(1))  # (8, N)
+
+
+@torch.no_grad()
+def measure_stock(args, vae):
+    """PSNR of whole clips, decoded as the pipeline will: normalised over other frames."""
+    size, generator = args.size, torch.Generator().manual_seed(args.seed + 3)
+    video = clips.draw_clips(8, args.frames, size, size, generator, args.device)[0].transpose(1, 2)
+    with parts.per_frame(vae, args.family.PATCHES):
+        mean = args.family.encode(vae, video)[0]
+    decoded = vae.decode(mean).sample
+    decoded = decoded[:, :, :: (decoded.shape[2] - 1) // (args.frames - 1)]
+    record(args, stage="vae", psnr_as_in_the_pipeline=psnr(decoded, video).mean().item())
