@@ -40,6 +40,8 @@ def train_vae(args):
                 elapsed, step = time.monotonic() - start, step + 1
                 if step % 100 == 0:
                     record(args, stage="vae", step=step, loss=loss.item())
+                if elapsed > args.vae_seconds:
+                    break
         parts.zero_past_taps(vae)
         measure_vae(args, vae.eval())
     measure_stock(args, vae)
