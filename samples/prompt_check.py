@@ -292,6 +292,7 @@ def main():
     add("--prompts", type=int, default=50)
     add("--steps", type=int, help="default: what the pipeline's dit_sparse.json says")
     add("--out", type=Path, default=Path("prompt_check.json"))
+    add("--lora", type=Path, help="folder of train_lora.py: its weights, scheduler and call")
     add("--mask-text", action="store_true", help="HunyuanVideo and CogVideoX: hide the text keys")
     add("--sheet", type=Path, help="contact sheet; default: beside the report")
     args = parser.parse_args()
@@ -300,11 +301,16 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"]
+    settings = json.loads(((args.lora or args.pipeline) / "dit_sparse.json").read_text())
+    call = settings["call"]
     if args.steps:
         call["num_inference_steps"] = args.steps
     pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(device)
     pipe.set_progress_bar_config(disable=True)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+        config = pipe.scheduler.config
+        pipe.scheduler = type(pipe.scheduler).from_config(config, **settings["scheduler"])
     if args.mask_text:
         mask_text(pipe.transformer)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
