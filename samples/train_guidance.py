@@ -37,6 +37,8 @@ class Pupil(Trainer):
 
 
 def train_guidance(args):
+    late = {name: size for name, size in args.sizes.items() if name in ("main", "large")}
+    args.sizes = late or args.sizes
     pupil = Pupil(args, args.family.build_tokenizer())
     pools = prepare_pools(args, pupil)
     begun = first_says(time.monotonic(), args.device)

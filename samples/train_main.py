@@ -74,10 +74,10 @@ def parse_arguments(family):
     start_processes(args)
     args.family, args.clock = family, 25
     args.frames, args.size, args.layers, args.chunk = 17, 128, family.LAYERS, 64
-    args.sizes = {name: SIZES[name] for name in args.pools.split(",")}
+    sizes = SMOKE_SIZES if args.smoke else SIZES
+    args.sizes = {name: sizes[name] for name in args.pools.split(",")}
     if args.smoke:
         args.frames, args.size, args.layers, args.chunk, args.clock = 3, 32, 2, 4, 4
-        args.sizes = SMOKE_SIZES
         args.vae_seconds = args.checker_seconds = args.guidance_seconds = 2
         args.total_seconds = 4
     return args
@@ -161,6 +161,7 @@ def main(family):
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 32  # sizes, with gradients and without, the teacher
     for folder in (args.work, args.out.parent, args.checker.parent):
         folder.mkdir(parents=True, exist_ok=True)
     for stage in args.stage.split(","):
