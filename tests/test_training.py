@@ -115,6 +115,25 @@ def test_stock_code_decodes_frame_by_frame_too(module, name):
     assert at_its_place < 0.7 * one_late
 
 
+@pytest.mark.parametrize("name", FAMILIES[1:])
+@torch.no_grad()
+def test_with_the_text_masked_a_prompt_says_nothing(module, name):
+    family, check = module(name), module("prompt_check")
+    pipe = pipeline_of(family)
+    pipe.set_progress_bar_config(disable=True)
+    call = family.CALL | family.SMOKE_CALL | {"num_inference_steps": 1}
+
+    def generate():
+        return check.generate(pipe, CAPTIONS, [5, 5], call)
+
+    first, second = generate()
+    assert not torch.allclose(first, second, atol=1e-3)
+    check.mask_text(pipe.transformer)
+    first, second = generate()
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    assert first.shape == (3, 3, 32, 32)
+
+
 def test_solids_are_drawn_with_the_same_labels_and_say_so(module):
     clips, solids = module("clips"), module("solids")
     flat = clips.draw_clips(4, 3, 32, 32, torch.Generator().manual_seed(1))
