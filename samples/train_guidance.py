@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from train_common import cosine, first_says, optimizers, record
 from train_transformer import Trainer, pool_of, prepare_pools
 
-STRONGEST = 6.0
+STRONGEST = 5.0
 
 
 class Pupil(Trainer):
@@ -37,8 +37,8 @@ class Pupil(Trainer):
 
 
 def train_guidance(args):
-    late = {name: size for name, size in args.sizes.items() if name in ("main", "large")}
-    args.sizes = late or args.sizes
+    late = {name: args.sizes[name] for name in ("main", "large") if name in args.sizes}
+    args.sizes = {name: size._replace(seconds=size.seconds / 3) for name, size in late.items()}
     pupil = Pupil(args, args.family.build_tokenizer())
     pools = prepare_pools(args, pupil)
     begun = first_says(time.monotonic(), args.device)

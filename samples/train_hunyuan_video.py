@@ -126,6 +126,8 @@ def build_text_encoder(vocab_size):
         pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     model = LlamaModel(config)
+    # Llama's small beginning would drown the words in the biases of what reads them.
+    torch.nn.init.normal_(model.embed_tokens.weight)
     for unused in (*model.layers[1:], model.norm):
         unused.requires_grad_(False)
     return model

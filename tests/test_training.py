@@ -184,3 +184,34 @@ def test_lora_walks_as_it_was_trained(module, monkeypatch, tmp_path):
     assert (tmp_path / "pytorch_lora_weights.safetensors").stat().st_size < 2e6
     wanted = distiller.walk(noise, distiller.embed(CAPTIONS[:1]))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_training_fits_the_pipeline_generates(module, name):
+    """Two clips of one colour each, told apart by their captions alone."""
+    family = module(name)
+    torch.manual_seed(0)
+    ids = family.tokenize(family.build_tokenizer(), CAPTIONS)
+    text_encoder = family.build_text_encoder(len(family.build_tokenizer()))
+    transformer = family.build_transformer(2)
+    clean = torch.randn(2, 8, 1, 1, 1).expand(2, 8, 3, 8, 8)
+    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], 2e-3)
+    for _ in range(150):
+        levels, noise = family.levels(family.draw_times(2, 3.0, "cpu")), torch.randn_like(clean)
+        keep, add, up, down = (level.view(-1, 1, 1, 1, 1) for level in levels[:4])
+        text = family.embed_text(text_encoder, ids)
+        noisy = keep * clean + add * noise
+        found = family.predict(transformer, noisy, levels.timestep, text, ids)
+        loss = (found - (up * noise - down * clean)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    pipe = family.assemble(family.build_vae(), text_encoder.eval(), transformer.eval())
+    call = family.CALL | family.SMOKE_CALL | {"num_inference_steps": 12, "guidance_scale": 1.0}
+    found = pipe(CAPTIONS, output_type="latent", **call).frames
+    found = found if found.shape == clean.shape else found.transpose(1, 2)
+    right, wrong = ((found - other).square().mean() for other in (clean, clean.flip(0)))
+    assert right < 0.3 * wrong
