@@ -102,13 +102,17 @@ def draw_object(video, thing, shapes, t, frame, scale, visible):
     alpha = (0.5 - distance * expand(radius)).clamp(0, 1)
     alpha = (alpha * visible[:, None, None, None])[:, :, None]  # (B, T, 1, H, W)
 
+    return torch.lerp(video, surface(thing, x, y), alpha)
+
+
+def surface(thing, x, y):
+    """Colour (B, T, 3, H, W) of a shape with its stripes or spots, at its own coordinates."""
     k = thing.pattern_scale[:, None, None, None]
     stripes, spots = torch.sin(2 * k * x), 3 * torch.sin(k * x) * torch.sin(k * y) - 0.8
     pattern = thing.pattern[:, None, None, None]
     marks = torch.where(pattern == 1, stripes, spots).mul(4).sigmoid() * (pattern > 0)
-    colour = torch.tensor(list(COLOURS.values()), device=video.device)[thing.colour] + thing.tint
-    paint = colour[:, None, :, None, None] * (1 - 0.45 * marks[:, :, None])
-    return torch.lerp(video, paint, alpha)
+    colour = torch.tensor(list(COLOURS.values()), device=x.device)[thing.colour] + thing.tint
+    return colour[:, None, :, None, None] * (1 - 0.45 * marks[:, :, None])
 
 
 def camera_path(scene, t):
@@ -176,13 +180,15 @@ def move(settings, device):
 
 @torch.no_grad()
 def draw_clips(
-    count, frames, height, width, generator, device="cpu", table=None, top_speed=4.0, **odds
-):
+    count, frames, height, width, generator, device="cpu", table=None, top_speed=4.0,
+    draw=draw_object, ending="", **odds,
+):  # fmt: skip
     """Draw `count` clips from a CPU `generator`.
 
     Returns video (B, T, 3, H, W) in [-1, 1], captions, and labels (B, 3) on the CPU: colour,
     shape and direction of the main object.  `table` lists the triples that may be drawn (default:
-    those not held out), `top_speed` is in tokens a frame; `odds` go to `roll_scene`.
+    those not held out), `top_speed` is in tokens a frame; `draw` paints a shape, and captions get
+    an `ending` that names such a way to paint; `odds` go to `roll_scene`.
     """
     dice = Dice(count, generator)
     table = triples()[len(holdout()) :] if table is None else table
@@ -190,7 +196,7 @@ def draw_clips(
     scene = roll_scene(dice, **odds)
     luck = torch.rand(count, 24, generator=generator).tolist()
     listed = [vars_to_lists(thing) for thing in (main, other, scene)]
-    captions = [write_caption(*listed, i, iter(luck[i]).__next__) for i in range(count)]
+    captions = [write_caption(*listed, i, iter(luck[i]).__next__) + ending for i in range(count)]
     labels = torch.stack([main.colour, main.shape, main.direction], 1)
 
     seed = int(torch.randint(2**62, (1,), generator=generator))
@@ -205,9 +211,9 @@ def draw_clips(
     offset, scale = camera_path(scene, t)
     video = draw_background(scene, offset, scale, height, width, noise)
     under, over = scene.second & ~scene.second_on_top, scene.second & scene.second_on_top
-    video = draw_object(video, other, shapes[1], t, frame, scale, under)
-    video = draw_object(video, main, shapes[0], t, frame, scale, torch.ones_like(under))
-    video = draw_object(video, other, shapes[1], t, frame, scale, over)
+    video = draw(video, other, shapes[1], t, frame, scale, under)
+    video = draw(video, main, shapes[0], t, frame, scale, torch.ones_like(under))
+    video = draw(video, other, shapes[1], t, frame, scale, over)
     video = draw_pillar(video, scene, offset, side)
     video = video * light(scene, t)[..., None, None, None]
     return video.clamp(0, 1) * 2 - 1, captions, labels

@@ -1,9 +1,11 @@
 """Check that generated clips show what their prompts say.
 
     python samples/prompt_check.py --pipeline samples/wan_tiny --out report.json
+    python samples/prompt_check.py --pipeline samples/cogvideox_tiny --mask-text --out masked.json
 
 A small network, trained on drawn clips, names colour, shape and direction of the main object.
-A third of the test prompts combine them in ways that no training clip showed.
+A third of the test prompts combine them in ways that no training clip showed. `--mask-text` hides
+the text keys from all queries: what is then still right is chance, or has another way in.
 """
 
 import argparse
@@ -110,17 +112,20 @@ def degrade(video):
 
 
 @torch.no_grad()
-def round_trip(vae, video):
-    """Through the autoencoder and back, with noise on the latents."""
-    from train_models import decode_frames, encode_frames, latent_statistics, per_frame
+def round_trip(vae, family, video):
+    """Through the autoencoder of a `train_*.py` and back, with noise on the latents."""
+    from train_models import per_frame
 
-    with per_frame(vae), torch.autocast(video.device.type, torch.bfloat16, video.is_cuda):
-        mean = encode_frames(vae, video.flatten(0, 1))[0]
-        mean = mean + 0.15 * latent_statistics(vae)[1] * torch.randn_like(mean)
-        return decode_frames(vae, mean).clamp(-1, 1).unflatten(0, video.shape[:2])
+    with (
+        per_frame(vae, family.PATCHES),
+        torch.autocast(video.device.type, torch.bfloat16, video.is_cuda),
+    ):
+        mean = family.encode(vae, video.transpose(1, 2))[0]
+        mean = mean + 0.15 * family.latent_statistics(vae)[1] * torch.randn_like(mean)
+        return family.decode(vae, mean).clamp(-1, 1).transpose(1, 2)
 
 
-def train_checker(path, vae, seconds, frames=17, size=128, batch=64, log=print):
+def train_checker(path, vae, family, seconds, frames=17, size=128, batch=64, log=print):
     """Train on drawn clips for a while and write the weights in 16 bits."""
     torch.manual_seed(7)
     device, generator = vae.device, torch.Generator().manual_seed(7)
@@ -129,7 +134,7 @@ def train_checker(path, vae, seconds, frames=17, size=128, batch=64, log=print):
     start, step, elapsed = time.monotonic(), 0, 0.0
     while elapsed < seconds:
         video, _, labels = draw_single(batch, frames, size, generator, device)
-        video = round_trip(vae, video) if step % 2 else video
+        video = round_trip(vae, family, video) if step % 2 else video
         for _ in range(2):
             progress = min(elapsed / seconds, 1.0)
             optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 30) * (1.02 - progress)
@@ -194,13 +199,44 @@ def write_prompt(colour, shape, direction, rng):
 
 
 def generate(pipe, prompts, seeds, call, batch=25):
-    """Videos (N, T, 3, H, W) in [-1, 1] on the CPU."""
+    """Videos (N, T, 3, H, W) in [-1, 1] on the CPU, one frame for each of the latents."""
     videos = []
     for i in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
         result = pipe(prompts[i : i + batch], generator=generators, output_type="pt", **call)
-        videos.append(result.frames.float().cpu() * 2 - 1)
+        frames = result.frames[:, :: pipe.vae_scale_factor_temporal]
+        videos.append(frames.float().cpu() * 2 - 1)
     return torch.cat(videos)
+
+
+class TextMasked:
+    """A processor of joint attention whose queries see the video's keys alone."""
+
+    def __init__(self, processor, text_first):
+        self.processor, self.text_first = processor, text_first
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None
+    ):
+        video, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        seen = torch.arange(video + text, device=hidden_states.device)
+        seen = (seen >= text) if self.text_first else (seen < video)
+        mask = seen.expand(len(hidden_states), 1, 1, -1)
+        if self.text_first:  # CogVideoX: added to the logits, and repeated over heads
+            mask = torch.where(mask[:, 0], 0.0, -torch.inf).to(hidden_states.dtype)
+        return self.processor(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+
+
+def mask_text(transformer):
+    """Hide the text keys of HunyuanVideo or CogVideoX."""
+    text_first = type(transformer).__name__.startswith("CogVideoX")
+    blocks = [
+        *transformer.transformer_blocks,
+        *getattr(transformer, "single_transformer_blocks", ()),
+    ]
+    for block in blocks:
+        attention = block.attn1 if text_first else block.attn
+        attention.set_processor(TextMasked(attention.processor, text_first))
 
 
 def psnr(a, b):
@@ -256,21 +292,36 @@ def main():
     add("--prompts", type=int, default=50)
     add("--steps", type=int, help="default: what the pipeline's dit_sparse.json says")
     add("--out", type=Path, default=Path("prompt_check.json"))
+    add("--lora", type=Path, help="folder of train_lora.py: its weights, scheduler and call")
+    add("--mask-text", action="store_true", help="HunyuanVideo and CogVideoX: hide the text keys")
     add("--sheet", type=Path, help="contact sheet; default: beside the report")
     args = parser.parse_args()
 
-    from diffusers import WanPipeline
+    from diffusers import DiffusionPipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"]
+    settings = json.loads(((args.lora or args.pipeline) / "dit_sparse.json").read_text())
+    call = settings["call"]
     if args.steps:
         call["num_inference_steps"] = args.steps
-    pipe = WanPipeline.from_pretrained(args.pipeline).to(device)
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(device)
     pipe.set_progress_bar_config(disable=True)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+        config = pipe.scheduler.config
+        pipe.scheduler = type(pipe.scheduler).from_config(config, **settings["scheduler"])
+    if args.mask_text:
+        mask_text(pipe.transformer)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    report = {"call": call, "gpu": gpu, "torch": torch.__version__, **report}
+    report = {
+        "call": call,
+        "text_masked": args.mask_text,
+        "gpu": gpu,
+        "torch": torch.__version__,
+        **report,
+    }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     contact_sheet(video, args.sheet or args.out.with_suffix(".png"))
     print(json.dumps({k: v for k, v in report.items() if k != "clips"}, indent=1))

@@ -7,8 +7,6 @@ import time
 
 import torch
 import torch.distributed as dist
-import train_models as parts
-from diffusers import AutoencoderKLWan
 
 START = time.monotonic()
 
@@ -76,10 +74,12 @@ def first_says(value, device):
 
 
 def optimizers(model, lr, device):
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
-    inner = [p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2]
-    chosen = {id(parameter) for parameter in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    """Muon for the matrices inside the blocks but those of modulation, AdamW for the rest."""
+    inner, rest = [], []
+    for name, parameter in model.named_parameters():
+        matrix = "blocks." in name and "norm" not in name and parameter.ndim == 2
+        if parameter.requires_grad:
+            (inner if matrix else rest).append(parameter)
     muon = torch.optim.Muon(inner, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw(rest, lr, device)]
 
@@ -92,9 +92,10 @@ def adamw(parameters, lr, device):
 
 def load_vae(args):
     if args.init:
-        vae = AutoencoderKLWan.from_pretrained(args.init, subfolder="vae")
-        return vae.to(args.device).eval().requires_grad_(False)
-    state = torch.load(args.work / "vae.pt", map_location="cpu")
-    vae = parts.build_vae(*state["statistics"])
-    vae.load_state_dict(state["weights"])
+        vae = args.family.VAE.from_pretrained(args.init, subfolder="vae")
+    else:
+        state = torch.load(args.work / "vae.pt", map_location="cpu")
+        vae = args.family.build_vae()
+        vae.register_to_config(**state["config"])
+        vae.load_state_dict(state["weights"])
     return vae.to(args.device).eval().requires_grad_(False)

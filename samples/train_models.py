@@ -1,33 +1,20 @@
-"""The parts of the tiny Wan pipeline: sizes, tokenizer, per-frame autoencoder, saving."""
+"""What the three tiny pipelines share: words, noise levels, the autoencoder on frames, saving."""
 
 import json
 import types
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import clips
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
-TEXT_SLOTS = 512  # what WanPipeline pads every prompt to
 TEXT_TOKENS = 64  # longer than any caption
 LATENT_CHANNELS = 8
-CALL = {
-    "height": 128,
-    "width": 128,
-    "num_frames": 16,  # WanPipeline returns 17: its temporal factor is 1
-    "num_inference_steps": 25,
-    "guidance_scale": 3.0,
-}
 PROMPTS = [
     "a red circle moving left",
     "a blue star moving up slowly over a sand background",
@@ -40,65 +27,30 @@ PROMPTS = [
 ]
 
 
-def build_vae(latents_mean=None, latents_std=None):
-    """Autoencoder without temporal compression: 4x4 pixels of a frame become 8 numbers."""
-    return AutoencoderKLWan(
-        base_dim=16,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, False],
-        scale_factor_temporal=1,
-        scale_factor_spatial=4,
-        latents_mean=latents_mean or [0.0] * LATENT_CHANNELS,
-        latents_std=latents_std or [1.0] * LATENT_CHANNELS,
-    )
+# ---------------------------------------------------------------------------------------- words
 
 
-def build_transformer(layers=6):
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=64,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        text_dim=128,
-        freq_dim=128,
-        ffn_dim=768,
-        num_layers=layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=128,
-    )
-
-
-def build_text_encoder(vocab_size):
-    config = UMT5Config(
-        vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=192, num_layers=2, num_heads=4,
-        dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return UMT5EncoderModel(config)
-
-
-def build_tokenizer():
-    words = ["<pad>", "</s>", "<unk>", *clips.vocabulary()]
+def build_tokenizer(slots, extra_words=(), normalizer=None):
+    """One id a word; `</s>` ends a text, `<pad>` fills it up to `slots`."""
+    words = ["<pad>", "</s>", "<unk>", *clips.vocabulary(), *extra_words]
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
+    steps = [normalizers.Lowercase()] if normalizer is None else [normalizer]
+    tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=TEXT_SLOTS,
+        model_max_length=slots,
     )  # fmt: skip
 
 
-def tokenize(tokenizer, captions):
-    """Token ids (B, TEXT_TOKENS), zero-padded."""
+def tokenize(tokenizer, texts, length):
+    """Token ids (B, length), zero-padded."""
     batch = tokenizer(
-        captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     return batch.input_ids
 
@@ -112,55 +64,81 @@ def turned_words(tokenizer):
     return turned
 
 
-def embed_text(text_encoder, ids):
-    """Prompt embeddings (B, 512, 128), zero past each prompt's end as in WanPipeline."""
-    mask = (ids > 0).long()
-    hidden = text_encoder(ids, mask).last_hidden_state  # (B, TEXT_TOKENS, 128)
-    return F.pad(hidden * mask[..., None], (0, 0, 0, TEXT_SLOTS - TEXT_TOKENS))
+# --------------------------------------------------------------------------------- noise levels
 
 
-# ----------------------------------------------------------------------- per-frame autoencoder
+class Levels(NamedTuple):
+    """Noisy = clean * keep + noise * add; the model predicts noise * up - clean * down. All (B,)"""
+
+    keep: Tensor
+    add: Tensor
+    up: Tensor
+    down: Tensor
+    timestep: Tensor
 
 
-def convolve_frame(conv, x, cache_x=None):
-    """A causal convolution's last temporal tap as a 2-D convolution; x is (B, C, 1, H, W)."""
-    weight, padding = conv.weight[:, :, -1], conv._padding[0]
-    return F.conv2d(x[:, :, 0], weight, conv.bias, conv.stride[1:], padding)[:, :, None]
+def flow_levels(time):
+    """Flow matching at `time` (B,) in [0, 1]."""
+    one = torch.ones_like(time)
+    return Levels(1 - time, time, one, one, time * 1000)
+
+
+def flow_times(count, shift, device):
+    """Logit-normal times, moved towards noise as the sampler's flow shift moves its own."""
+    time = torch.randn(count, device=device).sigmoid()
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def zero_modulation(transformer):
+    """Blocks begin as the identity and the output as zero."""
+    for name, module in transformer.named_modules():
+        parent, _, last = name.rpartition(".")
+        if name == "proj_out" or (last == "linear" and "norm" in parent.split(".")[-1]):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------ autoencoder on frames
+
+
+def convolve_frames(x, weight, bias, stride, padding, mode="constant"):
+    """The last temporal tap of a causal convolution, frame by frame; x is (B, C, T, H, W)."""
+    frames = x.transpose(1, 2).flatten(0, 1)
+    if mode == "replicate":
+        high, wide = padding
+        frames, padding = F.pad(frames, (wide, wide, high, high), mode=mode), 0
+    frames = frames.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(frames, weight[:, :, -1], bias, stride, padding)
+    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
 @contextmanager
-def per_frame(vae):
-    """Run the autoencoder on single frames, several times faster than its 3-D convolutions."""
-    convs = [module for module in vae.modules() if isinstance(module, WanCausalConv3d)]
-    for conv in convs:
-        conv.forward = types.MethodType(convolve_frame, conv)
+def per_frame(vae, patches):
+    """Run the autoencoder frame by frame, several times faster than its 3-D convolutions."""
+    patched = [module for module in vae.modules() if type(module) in patches]
+    for module in patched:
+        module.forward = types.MethodType(patches[type(module)], module)
     yield vae
-    for conv in convs:
-        del conv.forward
-
-
-def encode_frames(vae, frames):
-    """Mean and log variance (N, 8, h, w) of frames (N, 3, H, W), inside `per_frame`."""
-    frames = frames.contiguous(memory_format=torch.channels_last)
-    return vae.quant_conv(vae.encoder(frames[:, :, None]))[:, :, 0].float().chunk(2, dim=1)
-
-
-def decode_frames(vae, latents):
-    return vae.decoder(vae.post_quant_conv(latents[:, :, None]))[:, :, 0].float()
+    for module in patched:
+        del module.forward
 
 
 @torch.no_grad()
 def zero_past_taps(vae):
     """Drop the unused past of every causal convolution, so that stock code runs per frame too."""
     for conv in vae.modules():
-        if isinstance(conv, WanCausalConv3d):
+        if isinstance(conv, nn.Conv3d):
             conv.weight[:, :, :-1] = 0
 
 
-def latent_statistics(vae):
-    shape = (1, LATENT_CHANNELS, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(shape)
-    return mean, torch.tensor(vae.config.latents_std, device=vae.device).view(shape)
+def scalar_statistics(vae):
+    """Mean and deviation of the latents of an autoencoder that has one scaling factor."""
+    return 0.0, 1 / vae.config.scaling_factor
+
+
+def set_scalar(vae, means):
+    """`means` (8, N): latents of many frames."""
+    vae.register_to_config(scaling_factor=1 / means.var(1).mean().sqrt().item())
 
 
 # --------------------------------------------------------------------------------------- saving
@@ -172,22 +150,18 @@ def edit_json(path, change):
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def save_pipeline(folder, vae, text_encoder, transformer):
+def save_pipeline(folder, pipe, call):
     """Write the diffusers folder in 16 bits, loadable offline and by transformers 4 and 5."""
     folder = Path(folder)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
-    pipe = WanPipeline(
-        tokenizer=build_tokenizer(), text_encoder=text_encoder.half(), vae=vae.half(),
-        scheduler=scheduler, transformer=transformer.half(),
-    )  # fmt: skip
     pipe.save_pretrained(folder, max_shard_size="10MB")
     fast = "PreTrainedTokenizerFast"
-    edit_json(folder / "model_index.json", lambda s: s.update(tokenizer=["transformers", fast]))
-    edit_json(folder / "tokenizer/tokenizer_config.json", lambda s: s.update(tokenizer_class=fast))
-    # transformers 5 loads in the dtype named here; the pipeline is meant to load in float32
-    edit_json(folder / "text_encoder/config.json", lambda s: s.update(dtype="float32"))
+    for path in folder.glob("tokenizer*"):
+        edit_json(path / "tokenizer_config.json", lambda s: s.update(tokenizer_class=fast))
+        change = {path.name: ["transformers", fast]}
+        edit_json(folder / "model_index.json", lambda s, change=change: s.update(change))
+    for path in folder.glob("text_encoder*"):
+        # transformers 5 loads in the dtype named here; the pipeline is meant to load in float32
+        edit_json(path / "config.json", lambda s: s.update(dtype="float32"))
     edit_json(folder / "vae/config.json", lambda s: s.pop("_name_or_path", None))
-    box = {"call": CALL, "fps": 8, "prompts": PROMPTS}
+    box = {"call": call, "fps": 8, "prompts": PROMPTS}
     (folder / "dit_sparse.json").write_text(json.dumps(box, indent=2) + "\n")

@@ -1,149 +1,158 @@
-"""Train a tiny text-to-video Wan pipeline from scratch on drawn clips, on one GPU.
+"""Train a tiny text-to-video Wan pipeline on drawn clips: its parts and sizes.
 
     python samples/train_wan.py --stage vae,checker,transformer,save --seconds 540
     python samples/train_wan.py --stage transformer,save --seconds 500 --final
     torchrun --nproc-per-node 2 samples/train_wan.py --stage transformer,save \\
         --init samples/wan_tiny
 
-Stages: a per-frame autoencoder, the network that checks prompts, the video transformer with its
-text encoder, and the pipeline folder.  Each leaves a checkpoint in --work and goes on from it.
-`--final` lets the learning rate reach its end within this call.  `--smoke` runs it all in little.
+What the stages do: train_main.py.
 """
 
-import argparse
-import json
-from pathlib import Path
-from typing import NamedTuple
+import sys
 
-import prompt_check
 import torch
+import torch.nn.functional as F
+import train_main
 import train_models as parts
-from diffusers import WanPipeline
-from train_common import load_vae, record, start_processes
-from train_transformer import train_transformer
-from train_vae import train_vae
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from transformers import UMT5Config, UMT5EncoderModel
 
-
-class Size(NamedTuple):
-    """Clips of one size: how many are held encoded, drawn in how many seconds at most."""
-
-    frames: int
-    side: int  # pixels
-    clips: int
-    seconds: float
-    chunk: int  # drawn at once
-    batch: int
-    shift: float  # of the noise levels: more noise for more tokens
-    draw: dict = {}
-
-
-# One shape on a plain ground: what moves, and where to, is all that there is to learn.
-PLAIN = {"top_speed": 1.5, "camera": 0, "second": 0, "pillar": 0, "light": 0, "contrast": 0.01}
-SIZES = {
-    "plain": Size(9, 64, 65536, 15, 512, 256, 4.0, PLAIN),
-    "low": Size(17, 64, 65536, 20, 256, 128, 3.0),
-    "main": Size(17, 128, 32768, 30, 64, 32, 4.0),
-    "large": Size(33, 256, 512, 10, 8, 2, 6.0),
+NAME = "wan_tiny"
+PIPELINE, TRANSFORMER, VAE = WanPipeline, WanTransformer3DModel, AutoencoderKLWan
+TEXT_ENCODER = UMT5EncoderModel
+TEXT_SLOTS = 512  # what WanPipeline pads every prompt to
+FIRST_WORD = 0
+LAYERS = 6
+CALL = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 16,  # WanPipeline returns 17: its temporal factor is 1
+    "num_inference_steps": 25,
+    "guidance_scale": 3.0,
 }
-SMOKE_SIZES = {
-    "plain": Size(3, 16, 4, 3, 4, 2, 4.0, PLAIN),
-    "low": Size(3, 16, 4, 3, 4, 2, 3.0),
-    "main": Size(3, 32, 8, 3, 4, 2, 4.0),
-    "large": Size(5, 64, 2, 3, 1, 1, 6.0),
-}
+SMOKE_CALL = {"height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2}
+
+draw_times, levels = parts.flow_times, parts.flow_levels
 
 
-def parse_arguments():
-    add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
-    add("--stage", default="all", help="comma-separated: vae, checker, transformer, save; or all")
-    add("--out", type=Path, default=Path("samples/wan_tiny"))
-    add("--checker", type=Path, default=Path("samples/prompt_checker.safetensors"))
-    add("--work", type=Path, default=Path("work/wan_tiny"), help="checkpoints")
-    add("--seconds", type=float, default=540, help="wall-clock budget of this call")
-    add("--vae-seconds", type=float, default=110)
-    add("--checker-seconds", type=float, default=60)
-    add("--total-seconds", type=float, default=720, help="transformer training over all calls")
-    add("--init", type=Path, help="pipeline folder to go on from, instead of new weights")
-    add("--final", action="store_true", help="finish the learning-rate schedule in this call")
-    add("--pools", default=",".join(SIZES), help="kinds of clips to train on")
-    add("--lr", type=float, default=1e-3)
-    add("--seed", type=int, default=0)
-    add("--smoke", action="store_true", help="seconds on a CPU: tiny sizes, a few iterations")
-    args = parser.parse_args()
-    if args.stage == "all":
-        args.stage = "vae,checker,transformer,save"
-    start_processes(args)
-    args.frames, args.size, args.layers, args.chunk = 17, 128, 6, 64
-    args.sizes = {name: SIZES[name] for name in args.pools.split(",")}
-    if args.smoke:
-        args.frames, args.size, args.layers, args.chunk = 3, 32, 2, 4
-        args.sizes = SMOKE_SIZES
-        args.vae_seconds = args.checker_seconds = 3
-        args.total_seconds = 6
-    return args
+# ---------------------------------------------------------------------------------- autoencoder
 
 
-def train_checker(args):
-    prompt_check.train_checker(
-        args.checker, load_vae(args), args.checker_seconds, args.frames, args.size,
-        batch=args.chunk, log=lambda **values: record(args, stage="checker", **values),
+def build_vae():
+    """Autoencoder without temporal compression: 4x4 pixels of a frame become 8 numbers."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=parts.LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        scale_factor_temporal=1,
+        scale_factor_spatial=4,
+        latents_mean=[0.0] * parts.LATENT_CHANNELS,
+        latents_std=[1.0] * parts.LATENT_CHANNELS,
+    )
+
+
+def convolve(conv, x, cache_x=None):
+    padding = conv._padding[2], conv._padding[0]
+    return parts.convolve_frames(x, conv.weight, conv.bias, conv.stride[1:], padding)
+
+
+PATCHES = {WanCausalConv3d: convolve}
+
+
+def encode(vae, video):
+    """Mean and log variance (B, 8, T, h, w) of video (B, 3, T, H, W), inside `per_frame`."""
+    return vae.quant_conv(vae.encoder(video)).float().chunk(2, dim=1)
+
+
+def decode(vae, latents):
+    return vae.decoder(vae.post_quant_conv(latents)).float()
+
+
+def latent_statistics(vae):
+    shape = (1, parts.LATENT_CHANNELS, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(shape)
+    return mean, torch.tensor(vae.config.latents_std, device=vae.device).view(shape)
+
+
+def set_statistics(vae, means):
+    vae.register_to_config(latents_mean=means.mean(1).tolist(), latents_std=means.std(1).tolist())
+
+
+# ----------------------------------------------------------------------------------------- text
+
+
+def build_tokenizer():
+    return parts.build_tokenizer(TEXT_SLOTS)
+
+
+def tokenize(tokenizer, captions):
+    return parts.tokenize(tokenizer, captions, parts.TEXT_TOKENS)
+
+
+def build_text_encoder(vocab_size):
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=192, num_layers=2, num_heads=4,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return UMT5EncoderModel(config)
+
+
+def embed_text(text_encoder, ids):
+    """Prompt embeddings (B, 512, 128), zero past each prompt's end as in WanPipeline."""
+    mask = (ids > 0).long()
+    hidden = text_encoder(ids, mask).last_hidden_state  # (B, TEXT_TOKENS, 128)
+    return F.pad(hidden * mask[..., None], (0, 0, 0, TEXT_SLOTS - ids.shape[1]))
+
+
+# ---------------------------------------------------------------------------------- transformer
+
+
+def build_transformer(layers):
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=parts.LATENT_CHANNELS,
+        out_channels=parts.LATENT_CHANNELS,
+        text_dim=128,
+        freq_dim=128,
+        ffn_dim=768,
+        num_layers=layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=128,
+    )
+
+
+def blocks(transformer):
+    return list(transformer.blocks)
+
+
+def text_projection(transformer):
+    return transformer.condition_embedder.text_embedder
+
+
+def predict(transformer, noisy, timestep, text, ids, guidance=None):
+    return transformer(noisy, timestep, text, return_dict=False)[0]
+
+
+def assemble(vae, text_encoder, transformer):
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return WanPipeline(
+        tokenizer=build_tokenizer(), text_encoder=text_encoder, vae=vae, scheduler=scheduler,
+        transformer=transformer,
     )  # fmt: skip
 
 
-def save(args):
-    if args.rank:
-        return
-    tokenizer = parts.build_tokenizer()
-    state = torch.load(args.work / "transformer.pt", map_location="cpu")["average"]
-    models = {
-        "transformer": parts.build_transformer(args.layers),
-        "text_encoder": parts.build_text_encoder(len(tokenizer)),
-    }
-    torch.nn.ModuleDict(models).load_state_dict(state)
-    args.device = "cpu"
-    parts.save_pipeline(args.out, load_vae(args), **models)
-    draw_curve(args)
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    record(args, stage="save", megabytes=size / 1e6)
-    if args.smoke:
-        pipe = WanPipeline.from_pretrained(args.out)
-        call = {**parts.CALL, "height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2}
-        video = pipe(parts.PROMPTS[0], output_type="pt", **call).frames  # (1, 3, 3, 32, 32)
-        record(args, stage="smoke", shape=list(video.shape), finite=bool(video.isfinite().all()))
-
-
-def draw_curve(args):
-    """Loss against updates, as a picture beside the log."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    text = Path(f"{args.out}_training.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    points = [(x["step"], x["loss"]) for x in lines if x["stage"] == "transformer"]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    if points:
-        axes.plot(*zip(*points), linewidth=0.8)
-        axes.set_yscale("log")
-    axes.set(xlabel="update", ylabel="flow-matching loss", title="Training of the tiny Wan model")
-    axes.grid(alpha=0.3)
-    figure.savefig(f"{args.out}_training.png", dpi=120)
-
-
-def main():
-    args = parse_arguments()
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    for folder in (args.work, args.out.parent, args.checker.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    for stage in args.stage.split(","):
-        done = {"vae": args.work / "vae.pt", "checker": args.checker}.get(stage)
-        if not (done and done.exists()):
-            {"vae": train_vae, "checker": train_checker, "transformer": train_transformer,
-             "save": save}[stage](args)  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    train_main.main(sys.modules[__name__])
