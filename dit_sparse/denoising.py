@@ -91,6 +91,10 @@ class Denoising:
             try:
                 with original(name, **fields):
                     yield
+            except BaseException:  # the run failed: diffusers will not say that it has ended
+                self.reset()
+                on_end()
+                raise
             finally:
                 self._branch, self._fields = None, {}
 

@@ -27,6 +27,8 @@ def dense_attention_with_lse(
         if kv_len is not None:
             raise NotImplementedError("torch's fast kernels take no valid lengths")
         output, lse = _fused(q, k, v)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, NotImplementedError, RuntimeError):
         block_mask = BlockMask.full(query.shape[1], key.shape[1], device=query.device)
         return sparse_attention(query, key, value, block_mask, kv_len=kv_len, return_lse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_sparse import BlockMask, sparse_attention
+from dit_sparse import BlockMask, dense, sparse_attention
 from dit_sparse.attention import block_mass
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.measure import sampled_kept_mass
@@ -121,3 +121,12 @@ def test_bad_arguments_say_what_was_expected():
         sparse_attention(query, key, value, packed, engine="cuda")
     with pytest.raises(ValueError, match=r"\(B, S, H, D\)"):
         sparse_attention(query[0], key, value, packed)
+
+
+def test_dense_attention_that_runs_out_of_memory_says_so(monkeypatch):
+    def fail(*tensors):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(dense, "_fused", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        dense_attention_with_lse(*torch.randn(3, 1, 8, 1, 16))

@@ -132,7 +132,7 @@ def test_batch_gives_each_sample_what_it_gets_alone(pipe):
 @pytest.mark.parametrize("failing_call", [1, 2, 8])  # in either branch, at either kind of step
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_exception_inside_a_run_does_not_poison_the_next(pipe, error, failing_call):
-    enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, **SPARSE)
     expected = generate(pipe)
     calls = iter(range(1, 100))
 
@@ -144,6 +144,7 @@ def test_an_exception_inside_a_run_does_not_poison_the_next(pipe, error, failing
     with pytest.raises(error):
         generate(pipe)
     hook.remove()
+    assert not handle._installed[0].state.kept
     assert generate(pipe).equal(expected)
 
 
