@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from .attention import sparse_attention
     from .block_mask import BlockMask
     from .grid import VideoGrid
-    from .patterns import AdaSpa, RandomBlocks, Window
+    from .patterns import AdaSpa, DFSAttn, DraftAttention, RandomBlocks, Rettention, Window
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaSpa",
     "BlockMask",
+    "DFSAttn",
+    "DraftAttention",
     "RandomBlocks",
+    "Rettention",
     "SparseAttention",
     "UnsupportedPipelineError",
     "VideoGrid",
@@ -42,7 +45,10 @@ __all__ = [
 _CORE = {  # needs torch alone; every other name lives in api and needs diffusers
     "AdaSpa": "patterns",
     "BlockMask": "block_mask",
+    "DFSAttn": "patterns",
+    "DraftAttention": "patterns",
     "RandomBlocks": "patterns",
+    "Rettention": "patterns",
     "VideoGrid": "grid",
     "Window": "patterns",
     "sparse_attention": "attention",

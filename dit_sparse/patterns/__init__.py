@@ -2,11 +2,17 @@
 
 from ..config import SparseConfig
 from .adaspa import AdaSpa
+from .dfsattn import DFSAttn
+from .draftattention import DraftAttention
 from .random import RandomBlocks
+from .rettention import Rettention
 from .window import Window
 
 METHODS: dict[str, type[SparseConfig]] = {
     "adaspa": AdaSpa,
+    "draftattention": DraftAttention,
+    "rettention": Rettention,
+    "dfsattn": DFSAttn,
     "random": RandomBlocks,
     "window": Window,
 }
