@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from .attention import sparse_attention
     from .block_mask import BlockMask
     from .grid import VideoGrid
-    from .patterns import AdaSpa, DFSAttn, DraftAttention, RandomBlocks, Rettention, Window
+    from .patterns import (
+        AdaSpa,
+        DFSAttn,
+        DraftAttention,
+        RandomBlocks,
+        Rettention,
+        SparseVDiT,
+        Window,
+    )
 
 __version__ = "0.1.0"
 
@@ -32,6 +40,7 @@ __all__ = [
     "RandomBlocks",
     "Rettention",
     "SparseAttention",
+    "SparseVDiT",
     "UnsupportedPipelineError",
     "VideoGrid",
     "Window",
@@ -49,6 +58,7 @@ _CORE = {  # needs torch alone; every other name lives in api and needs diffuser
     "DraftAttention": "patterns",
     "RandomBlocks": "patterns",
     "Rettention": "patterns",
+    "SparseVDiT": "patterns",
     "VideoGrid": "grid",
     "Window": "patterns",
     "sparse_attention": "attention",

@@ -75,7 +75,7 @@ class Record:
 class State:
     """State of one transformer in one run, keyed by branch and layer.
 
-    `layers` is the number of layers that run sparse; `planned_bytes` what the run will keep at most.
+    `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most.
     """
 
     call: Call | None = None

@@ -56,12 +56,12 @@ class LayerAttention:
             return self.dense(query, key, value, call.kv_len)
         order = None if self.order is None else self.order(query)
         if order is not None:
-            query, key, value = (_permute(x, order[0], call.grid) for x in (query, key, value))
+            query, key, value = (permute_video(x, order[0], call.grid) for x in (query, key, value))
         if kind == "search" or kept is None:
             output = self._search(query, key, value, kept)
         else:
             output = self._sparse("reuse", query, key, value, kept)
-        return output if order is None else _permute(output, order[1], call.grid)
+        return output if order is None else permute_video(output, order[1], call.grid)
 
     def _kind(self, found_at: int | None) -> Kind:
         call, config = self.state.call, self.config
@@ -164,7 +164,7 @@ class LayerAttention:
         )
 
 
-def _permute(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:
+def permute_video(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:
     """Reorder the video tokens of (B, S, H, D); text stays where it is."""
     if not grid.text_tokens:
         return x[:, index]

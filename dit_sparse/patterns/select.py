@@ -92,7 +92,7 @@ def top_p_rows(
 
 
 def above(scores: Tensor, threshold: float | Tensor, forced: Tensor, row_floor: int = 1) -> Tensor:
-    """Blocks that score at least `threshold`, and the best `row_floor` of each row, (B, H, N, N)."""
+    """Blocks that score at least `threshold`, and the best `row_floor` of each row; a bool mask."""
     kept = torch.full(scores.shape[:2], row_floor, device=scores.device)
     return (scores >= threshold) | top_k_rows(scores, kept, forced)
 
