@@ -20,15 +20,27 @@ if TYPE_CHECKING:
     from .attention import sparse_attention
     from .block_mask import BlockMask
     from .grid import VideoGrid
-    from .patterns import AdaSpa, RandomBlocks, Window
+    from .patterns import (
+        AdaSpa,
+        DFSAttn,
+        DraftAttention,
+        RandomBlocks,
+        Rettention,
+        SparseVDiT,
+        Window,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaSpa",
     "BlockMask",
+    "DFSAttn",
+    "DraftAttention",
     "RandomBlocks",
+    "Rettention",
     "SparseAttention",
+    "SparseVDiT",
     "UnsupportedPipelineError",
     "VideoGrid",
     "Window",
@@ -42,7 +54,11 @@ __all__ = [
 _CORE = {  # needs torch alone; every other name lives in api and needs diffusers
     "AdaSpa": "patterns",
     "BlockMask": "block_mask",
+    "DFSAttn": "patterns",
+    "DraftAttention": "patterns",
     "RandomBlocks": "patterns",
+    "Rettention": "patterns",
+    "SparseVDiT": "patterns",
     "VideoGrid": "grid",
     "Window": "patterns",
     "sparse_attention": "attention",

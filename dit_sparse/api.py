@@ -180,6 +180,7 @@ class Installation:
             undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
             for module in family.self_attentions(transformer):
                 undo.callback(self._install_processor(module, measure))
+            self.state.layers = len(self.layers)
             undo.callback(keep_through_fusion(transformer, self.swaps))
             for undo_hook in family.hooks(transformer, self):
                 undo.callback(undo_hook)

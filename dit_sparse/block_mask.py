@@ -47,7 +47,7 @@ class BlockMask:
             q_len=q_len,
             kv_len=kv_len,
             block_size=block_size,
-            max_blocks=int(mask.sum(-1).max()),
+            max_blocks=max(int(mask.sum(-1).max()), 1),  # 1 where every head is skipped
             density=(pairs / (q_len * kv_len)).mean(0),
         )
 

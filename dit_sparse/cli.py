@@ -1,4 +1,4 @@
-"""The command line: `dit-sparse generate`, `compare`, `methods`, `doctor`.
+"""The command line: `dit-sparse generate`, `compare`, `calibrate`, `methods`, `doctor`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -165,6 +165,60 @@ def generate(
         print(json.dumps(saved))
 
 
+@app.command("calibrate")
+def calibrate_modes(
+    pipeline: Pipeline = None,
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    density: Annotated[float, typer.Option(help="Of the sparse modes.")] = 0.2,
+    order: Annotated[str, typer.Option(help="Token order.")] = "raster",
+    block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
+    weight: Annotated[float, typer.Option(help="Of density against error (lambda).")] = 0.5,
+    epsilon: Annotated[float, typer.Option(help="Above it a head stays dense.")] = 0.25,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("sparse_vdit.json"),
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
+    with told(USAGE, debug):
+        from .calibrate import ModeSearch, calibrate
+        from .config import SparseConfig
+        from .generation import check_call, prepare_folder
+
+        SparseConfig(density=density, order=order, block_size=block_size)  # checks them
+        given = read_prompts(prompt, prompt_file)
+        pipe, arguments = open_pipeline(
+            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
+        )
+        prompts = given or list(arguments.prompts[:4])
+        if not prompts:
+            raise ValueError("nothing to calibrate on: give --prompt or --prompt-file")
+        check_call(pipe, arguments.call)
+        prepare_folder(out.parent)
+        search = ModeSearch(density, order, block_size, weight, epsilon)
+    with told(FAILURE, debug):
+        import torch
+
+        def run() -> None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
+
+        table = calibrate(pipe, run, search, len(prompts))
+        table.save(out)
+    digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)
+    from .patterns.sparse_vdit import MODES
+
+    shares = (f"{name} {digits.count(str(i)) / len(digits):.0%}" for i, name in enumerate(MODES))
+    print(f"{out}: {', '.join(shares)}")
+
+
 @app.command("methods")
 def list_methods(as_json: Json = False, debug: Debug = False) -> None:
     """The sparse methods, what they are, and their options with defaults."""
@@ -178,6 +232,8 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
                 "method": name,
                 "summary": (config.__doc__ or "").strip().split("\n")[0],
                 "paper": config.paper,
+                "cost": config.cost,
+                "memory": config.memory,
                 "options": {field.name: field.default for field in fields(config)},
             }
             for name, config in available_methods().items()
@@ -188,7 +244,9 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
     for row in rows:
         options = "  ".join(f"{name}={value}" for name, value in row["options"].items())
         print(f"{row['method']}: {row['summary']}")
-        print(f"    {options}" + (f"\n    {row['paper']}" if row["paper"] else ""))
+        print(f"    {options}")
+        for fact in ("paper", "cost", "memory"):
+            print(f"    {fact}: {row[fact]}")
 
 
 @app.command()

@@ -1,11 +1,14 @@
 """What every method shares: how dense, in which blocks, and at which steps it looks again."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from .grid import TOKEN_ORDERS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .patterns.correct import Correction
     from .patterns.search import Found, Search
 
 ENGINES = ("auto", "triton", "torch")
@@ -21,23 +24,35 @@ class SparseConfig:
         density: kept blocks over all blocks at sparse steps, in (0, 1]. 1 runs the dense attention.
         search_at: when to look for the mask, as fractions of the denoising steps; steps before the
             first are dense (warm-up), and each mask is kept until the next search.
-        order: token order, "curve", "tile" or "raster".
+        every_step: search at every step from the first search on, instead of keeping masks.
+        dense_layers: so many leading layers stay dense at every step.
+        own_block: every row of blocks keeps its own block, whatever its score.
+        order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
         engine: "auto", "triton" or "torch".
+        max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
     density: float = 0.2
     search_at: tuple[float, ...] = (0.2, 0.6)
+    every_step: bool = False
+    dense_layers: int = 0
+    own_block: bool = True
     order: str = DEFAULT_ORDER
     block_size: int = 64
     engine: str = "auto"
+    max_cache_bytes: int | None = None
 
     paper: ClassVar[str] = ""
+    cost: ClassVar[str] = ""  # formula of one sparse call, in words
+    memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
+    published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
+    corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))
-        if not _is_number(self.density) or not 0 < self.density <= 1:
+        if not is_number(self.density) or not 0 < self.density <= 1:
             raise ValueError(
                 f"density is the share of blocks that is kept, in (0, 1], got {self.density!r};"
                 " for 80% sparsity give density=0.2"
@@ -45,10 +60,47 @@ class SparseConfig:
         _one_of("order", self.order, TOKEN_ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("engine", self.engine, ENGINES)
+        whole("dense_layers", self.dense_layers, 0)
+        if self.max_cache_bytes is not None:
+            whole("max_cache_bytes", self.max_cache_bytes, 0)
+
+    @classmethod
+    def as_published(cls, model: str) -> Self:
+        """The settings of the paper for a model, such as "HunyuanVideo"; see `published`."""
+        if model not in cls.published:
+            known = ", ".join(cls.published) or "no model"
+            raise ValueError(
+                f"{cls.__name__} has published settings for {known}, not for {model!r}"
+            )
+        return cls(**cls.published[model])
 
     def find(self, search: "Search") -> "Found":
         """The block mask of one layer at one search step."""
         raise NotImplementedError
+
+    def correction(
+        self, dense: "Tensor", dense_lse: "Tensor", sparse: "Tensor", sparse_lse: "Tensor"
+    ) -> "Correction":
+        """Where `corrects`: what a search step's sparse output lacks of its dense one."""
+        raise NotImplementedError
+
+    def corrected(self, sparse: "Tensor", correction: "Correction", age: int) -> "Tensor":
+        """Where `corrects`: a sparse output `age` steps after the correction was measured."""
+        raise NotImplementedError
+
+    def forced(self, search: "Search") -> "Tensor":
+        """Blocks that are always kept, (N, N) bool: own, text and conditioning frames."""
+        from .patterns.select import forced_blocks
+
+        device = search.query.device
+        return forced_blocks(search.grid, self.block_size, device, self.own_block)
+
+    def cache_bytes(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query."""
+        batch, tokens, heads, _ = shape
+        blocks = -(-tokens // self.block_size)
+        lse = 4 * batch * heads * tokens if self.uses_lse else 0
+        return batch * heads * blocks * -(-blocks // 8) + lse
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -61,7 +113,7 @@ class SparseConfig:
 def _fractions(search_at) -> tuple[float, ...]:
     values = tuple(search_at) if isinstance(search_at, (tuple, list)) else (search_at,)
     increasing = all(a < b for a, b in zip(values, values[1:]))
-    if not values or not all(_is_number(v) and 0 <= v < 1 for v in values) or not increasing:
+    if not values or not all(is_number(v) and 0 <= v < 1 for v in values) or not increasing:
         raise ValueError(
             "search_at lists increasing fractions of the denoising steps, each in [0, 1), such as"
             f" (0.2, 0.6), got {search_at!r}"
@@ -74,5 +126,10 @@ def _one_of(name: str, value, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def _is_number(value) -> bool:
+def whole(name: str, value, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
+
+
+def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-TOKEN_ORDERS = ("raster", "tile", "curve")
+TOKEN_ORDERS = ("raster", "tile", "curve", "patch")
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def token_order(grid: VideoGrid, order: str, block_size: int = 64) -> tuple[Tens
     Args:
         grid: the video; its text is never moved.
         order: "raster" (t, y, x), "tile" (3-D boxes of one block each), or "curve" (3-D Hilbert
-            curve, by Skilling's transform: "Programming the Hilbert curve", 2004). Both compact
-            orders take any grid; at ragged edges a box or a curve is cut, never padded.
+            curve, by Skilling's transform: "Programming the Hilbert curve", 2004), or "patch"
+            (frame after frame in flat boxes of one block: 8 x 16 tokens at 128, DraftAttention's).
+            All take any grid; at ragged edges a box or a curve is cut, never padded.
         block_size: tokens in a block; sets the shape of a tile.
     """
     if order not in TOKEN_ORDERS:
@@ -101,7 +102,7 @@ def token_order(grid: VideoGrid, order: str, block_size: int = 64) -> tuple[Tens
     if order == "raster":
         permutation = torch.arange(grid.video_tokens)
     else:
-        rank = _hilbert_rank if order == "curve" else _tile_rank
+        rank = {"curve": _hilbert_rank, "tile": _tile_rank, "patch": _patch_rank}[order]
         leading = max(grid.conditioning_frames, 1)
         first = VideoGrid(leading, grid.height, grid.width)
         parts = [rank(first, block_size).argsort(stable=True)]
@@ -130,10 +131,14 @@ def tile_shape(frames: int, block_size: int) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _tile_rank(grid: VideoGrid, block_size: int) -> Tensor:
-    """Sort key that walks tile after tile, and raster order inside a tile."""
+def _patch_rank(grid: VideoGrid, block_size: int) -> Tensor:
+    return _tile_rank(grid, block_size, deep=1)
+
+
+def _tile_rank(grid: VideoGrid, block_size: int, deep: int | None = None) -> Tensor:
+    """Sort key that walks tile after tile, and raster order inside a tile; `deep` frames each."""
     coordinates = _coordinates(grid)
-    size = torch.tensor(tile_shape(grid.frames, block_size)).unsqueeze(1)
+    size = torch.tensor(tile_shape(deep or grid.frames, block_size)).unsqueeze(1)
     tile, inner = coordinates // size, coordinates % size
     counts = [-(-n // s) for n, s in zip((grid.frames, grid.height, grid.width), size.flatten())]
     key = torch.zeros(grid.video_tokens, dtype=torch.int64)

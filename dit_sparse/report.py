@@ -18,7 +18,8 @@ class Report:
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
         engines: what computed the sparse calls.
-        peak_cache_bytes: largest size of masks and log-sum-exps kept between steps.
+        peak_cache_bytes: largest size of masks, log-sum-exps and corrections kept between steps.
+        planned_cache_bytes: what was said of it at the first step; `max_cache_bytes` refuses more.
         notes: what ran otherwise than asked, and why.
         trace: one entry per attention call: branch, step, layer, kind, density and kept_mass
             per head.
@@ -35,6 +36,7 @@ class Report:
     reuse_calls: int
     engines: list[str]
     peak_cache_bytes: int
+    planned_cache_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     trace: list[dict] = field(default_factory=list, repr=False)
 
@@ -80,6 +82,7 @@ def make_report(
         reuse_calls=kinds.count("reuse"),
         engines=sorted(set().union(*(state.engines for state in states))),
         peak_cache_bytes=sum(state.peak_bytes for state in states),
+        planned_cache_bytes=sum(state.planned_bytes for state in states),
         notes=list(notes),
         trace=trace,
     )

@@ -11,7 +11,11 @@ def search_steps(search_at: tuple[float, ...], num_steps: int) -> list[int]:
 
 
 def step_kind(
-    step: int, num_steps: int, search_at: tuple[float, ...], found_at: int | None
+    step: int,
+    num_steps: int,
+    search_at: tuple[float, ...],
+    found_at: int | None,
+    every_step: bool = False,
 ) -> Kind:
     """What to do at `step` (0-based) of `num_steps`.
 
@@ -20,8 +24,10 @@ def step_kind(
 
     Args:
         found_at: step at which the kept mask was found, None where there is none.
+        every_step: search at every step from the first search on.
     """
     due = [s for s in search_steps(search_at, num_steps) if s <= step]
     if not due:
         return "dense"
-    return "search" if found_at is None or found_at < due[-1] else "reuse"
+    latest = step if every_step else due[-1]
+    return "search" if found_at is None or found_at < latest else "reuse"

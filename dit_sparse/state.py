@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .grid import VideoGrid
+from .patterns.correct import Correction
 from .schedule import Kind
 
 
@@ -43,15 +44,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer's mask on one branch, the LSE it was searched with, and the step it was found at."""
+    """A layer's mask on one branch, the LSE it was searched with, what is added to its outputs, and
+    the step it was found at."""
 
     mask: BlockMask
     lse: Tensor | None  # (B, H, S) float32
     kept_mass: Tensor | None  # (H,)
     found_at: int
+    correction: Correction | None = None
 
     def nbytes(self) -> int:
-        return self.mask.nbytes() + (0 if self.lse is None else self.lse.numel() * 4)
+        lse = 0 if self.lse is None else self.lse.numel() * 4
+        return self.mask.nbytes() + lse + (self.correction.nbytes() if self.correction else 0)
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,18 @@ class Record:
 
 @dataclass
 class State:
-    """State of one transformer in one run, keyed by branch and layer."""
+    """State of one transformer in one run, keyed by branch and layer.
+
+    `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most.
+    """
 
     call: Call | None = None
     kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
     trace: list[Record] = field(default_factory=list)
+    layers: int = 1
     calls: int = 0
     peak_bytes: int = 0
+    planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
 
@@ -87,6 +96,7 @@ class State:
             self.drop()
         if not self.last:
             self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
+            self.planned_bytes = 0
         self.call = call
         self.calls += 1
         self.last[call.branch] = call

@@ -1,6 +1,7 @@
 """One attention call of one layer: dense, search or reuse."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,22 +48,42 @@ class LayerAttention:
                 f"sparse attention was told of {expected} and got {query.shape[1]} tokens: call the"
                 " transformer itself, not one of its blocks, or disable sparse attention first"
             )
+        self._plan(query)
         kept = self._kept(query)
-        kind = "dense"
-        if self.config.density < 1:
-            found_at = None if kept is None else kept.found_at
-            kind = step_kind(call.step, call.num_steps, self.config.search_at, found_at)
+        kind = self._kind(None if kept is None else kept.found_at)
         if kind == "dense":
             self._log("dense")
             return self.dense(query, key, value, call.kv_len)
         order = None if self.order is None else self.order(query)
         if order is not None:
-            query, key, value = (_permute(x, order[0], call.grid) for x in (query, key, value))
+            query, key, value = (permute_video(x, order[0], call.grid) for x in (query, key, value))
         if kind == "search" or kept is None:
             output = self._search(query, key, value, kept)
         else:
             output = self._sparse("reuse", query, key, value, kept)
-        return output if order is None else _permute(output, order[1], call.grid)
+        return output if order is None else permute_video(output, order[1], call.grid)
+
+    def _kind(self, found_at: int | None) -> Kind:
+        call, config = self.state.call, self.config
+        if config.density == 1 or self.layer < config.dense_layers:
+            return "dense"
+        schedule = config.search_at, found_at, config.every_step
+        return step_kind(call.step, call.num_steps, *schedule)
+
+    def _plan(self, query: Tensor) -> None:
+        """At the first call of each branch: how much will be kept, and refuse too much."""
+        if self.config.density == 1 or self.layer > 0:
+            return
+        per_branch = self.config.cache_bytes(tuple(query.shape), query.element_size())
+        layers = max(self.state.layers - self.config.dense_layers, 0)
+        planned, limit = per_branch * layers * len(self.state.last), self.config.max_cache_bytes
+        self.state.planned_bytes = max(self.state.planned_bytes, planned)
+        if limit is not None and planned > limit:
+            raise MemoryError(
+                f"this run would keep {planned / 2**20:.1f} MiB between steps and max_cache_bytes"
+                f" allows {limit / 2**20:.1f} MiB: raise it, or make the batch or video smaller"
+                f" ({self.config.memory})"
+            )
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
@@ -70,26 +91,34 @@ class LayerAttention:
         if kept is None:
             return None
         batch = query.shape[0]
-        if kept.lse is not None:
-            return kept if kept.lse.shape[0] == batch else None
+        of_rows = kept.lse if kept.correction is None else kept.correction.rho
+        if of_rows is not None:
+            return kept if of_rows.shape[0] == batch else None
         return kept if kept.mask.bits.shape[0] in (1, batch) else None
 
     def _search(self, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
-        """Find a mask. With an LSE from an earlier step the output is sparse, else dense."""
-        output = None
-        lse = None if kept is None else kept.lse
-        if self.config.uses_lse and lse is None:
-            output, lse = dense_attention_with_lse(query, key, value, self.state.call.kv_len)
-        grid, lengths = self.state.call.grid, self.state.call.lengths
-        found = self.config.find(Search(query, key, lse, grid, self.layer, lengths))
-        size = (self.config.block_size, self.config.block_size)
-        mask = BlockMask.from_dense(found.mask, grid.tokens, grid.tokens, size)
-        kept = Kept(mask, lse, found.kept_mass, self.state.call.step)
-        self.state.keep(self.layer, kept)
-        score_cost = 0.5 if self.config.uses_lse else 0.0
+        """Find a mask. The output is dense where dense attention had to run for it, else sparse."""
+        call, config = self.state.call, self.config
+        output, lse = None, None if kept is None else kept.lse
+        if config.corrects or (config.uses_lse and lse is None):
+            output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
+        place = call.step, call.num_steps, call.branch, self.state.layers
+        found = config.find(Search(query, key, lse, call.grid, self.layer, call.lengths, *place))
+        size = (config.block_size, config.block_size)
+        mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
+        kept = Kept(mask, lse if config.uses_lse else None, found.kept_mass, call.step)
         if output is None:
-            return self._sparse("search", query, key, value, kept, score_cost)
-        self._log("search", None, found.kept_mass, score_cost)
+            self.state.keep(self.layer, kept)
+            return self._sparse("search", query, key, value, kept, found.cost)
+        cost = found.cost
+        if config.corrects:
+            sparse, sparse_lse = self._attend(query, key, value, mask)
+            correction = config.correction(output, lse, sparse, sparse_lse)
+            mass = correction.rho.mean((0, 2))  # of all rows, exactly
+            kept = replace(kept, correction=correction, kept_mass=mass)
+            cost += float(mask.density.mean())
+        self.state.keep(self.layer, kept)
+        self._log("search", None, kept.kept_mass, cost)
         return output
 
     def _sparse(
@@ -101,15 +130,26 @@ class LayerAttention:
         kept: Kept,
         extra_cost: float = 0.0,
     ) -> Tensor:
+        call = self.state.call
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
-            mass = sampled_kept_mass(query, key, kept.mask, self.state.call.kv_len)
+            mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
-        engine = choose_engine(self.config.engine, query, kept.mask)
+        output, _ = self._attend(query, key, value, kept.mask)
+        if kept.correction is None:
+            return output
+        return self.config.corrected(output, kept.correction, call.step - kept.found_at)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
+    ) -> tuple[Tensor, Tensor]:
+        engine = choose_engine(self.config.engine, query, mask)
         self.state.engines.add(engine)
         kv_len = self.state.call.kv_len
-        return sparse_attention(query, key, value, kept.mask, kv_len=kv_len, engine=engine)
+        return sparse_attention(
+            query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
+        )
 
     def _log(
         self,
@@ -124,7 +164,7 @@ class LayerAttention:
         )
 
 
-def _permute(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:
+def permute_video(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:
     """Reorder the video tokens of (B, S, H, D); text stays where it is."""
     if not grid.text_tokens:
         return x[:, index]

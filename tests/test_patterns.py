@@ -7,6 +7,7 @@ import torch
 
 from dit_sparse import AdaSpa, RandomBlocks, VideoGrid, Window
 from dit_sparse.dense import dense_attention_with_lse
+from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
 from dit_sparse.patterns.select import (
     forced_blocks,
@@ -105,7 +106,7 @@ def test_adaspa_uniform_keeps_the_heaviest_blocks_of_every_row():
     search = make_search(VideoGrid(5, 8, 16))
     config = AdaSpa(density=0.3, head_adaptive=False)
     found = config.find(search)
-    mass = search.mass(64, "auto")
+    mass, _ = exact_mass(search, 64)
     rows = [sum(sorted(row)[-3:]) for row in mass.flatten(0, 2).tolist()]  # 3 of 10 blocks
     heaviest = torch.tensor(rows).view(mass.shape[:3])
     own = mass.diagonal(dim1=-2, dim2=-1)
@@ -131,7 +132,7 @@ def test_adaspa_keeps_the_mean_density():
 
 def test_adaspa_keeps_more_mass_than_a_random_mask():
     search = make_search(VideoGrid(5, 16, 16))
-    mass = search.mass(64, "auto")
+    mass, _ = exact_mass(search, 64)
     exact, random = (
         kept_share(mass, method(density=0.2).find(search).mask).mean()
         for method in (AdaSpa, RandomBlocks)
@@ -151,7 +152,7 @@ def test_window_keeps_the_nearest_blocks():
         ({"density": 0}, "density=0.2"),
         ({"density": 2}, "in \\(0, 1\\], got 2"),
         ({"density": "0.2"}, "got '0.2'"),
-        ({"order": "hilbert"}, "raster, tile, curve"),
+        ({"order": "hilbert"}, "raster, tile, curve, patch"),
         ({"block_size": 48}, "32, 64, 128"),
         ({"engine": "cuda"}, "auto, triton, torch"),
         ({"search_at": (0.6, 0.2)}, "increasing"),

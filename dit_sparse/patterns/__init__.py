@@ -2,11 +2,19 @@
 
 from ..config import SparseConfig
 from .adaspa import AdaSpa
+from .dfsattn import DFSAttn
+from .draftattention import DraftAttention
 from .random import RandomBlocks
+from .rettention import Rettention
+from .sparse_vdit import SparseVDiT
 from .window import Window
 
 METHODS: dict[str, type[SparseConfig]] = {
     "adaspa": AdaSpa,
+    "draftattention": DraftAttention,
+    "rettention": Rettention,
+    "sparse-vdit": SparseVDiT,
+    "dfsattn": DFSAttn,
     "random": RandomBlocks,
     "window": Window,
 }

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from ..config import SparseConfig
+from .score import exact_mass
 from .search import Found, Search
-from .select import blocks_of, forced_blocks, kept_share, top_k_rows
+from .select import blocks_of, kept_share, top_k_rows
 
 MAX_ADAPTIVE_DENSITY = 2 / 3
 
@@ -45,17 +46,23 @@ class AdaSpa(SparseConfig):
     head_adaptive: bool = True
 
     paper: ClassVar[str] = "AdaSpa, arXiv 2502.21079"
+    cost: ClassVar[str] = "first search 1.5 of a dense call, later 0.5 + density; reuse: density"
+    memory: ClassVar[str] = "mask bits B H N^2 / 8 and log-sum-exp 4 B H S bytes a layer and branch"
+    published: ClassVar[dict[str, dict]] = {
+        model: {"density": 0.2, "search_at": (0.2, 0.6), "order": "raster", "own_block": False}
+        for model in ("HunyuanVideo", "CogVideoX 1.5")
+    }
     uses_lse: ClassVar[bool] = True
 
     def find(self, search: Search) -> Found:
-        mass = search.mass(self.block_size, self.engine)
-        forced = forced_blocks(search.grid, self.block_size, mass.device)
+        mass, cost = exact_mass(search, self.block_size, self.engine)
+        forced = self.forced(search)
         density = mass.new_full(mass.shape[:2], self.density)
         mask = self._select(mass, density, forced)
         if self.head_adaptive and self.density <= MAX_ADAPTIVE_DENSITY:
             density = self.head_densities(kept_share(mass, mask))
             mask = self._select(mass, density, forced)
-        return Found(mask, kept_share(mass, mask).mean(0))
+        return Found(mask, kept_share(mass, mask).mean(0), cost)
 
     def _select(self, mass: Tensor, density: Tensor, forced: Tensor) -> Tensor:
         return top_k_rows(mass, blocks_of(density, mass.shape[-1]), forced)

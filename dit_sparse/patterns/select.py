@@ -47,6 +47,56 @@ def quota_rows(scores: Tensor, kept: Tensor, segments: Tensor, forced: Tensor) -
     return mask
 
 
+def top_k_map(scores: Tensor, kept: Tensor, forced: Tensor, row_floor: int = 0) -> Tensor:
+    """The best blocks of a head's whole map, whatever their row (DraftAttention's rule).
+
+    Args:
+        scores: (B, H, N, N), higher is better.
+        kept: (B, H) int64, blocks kept in the map of a head.
+        forced: (N, N) bool, blocks kept whatever their score; they count towards `kept`.
+        row_floor: the best so many blocks of each row (forced ones first) are kept too, and count.
+
+    Returns:
+        (B, H, N, N) bool.
+    """
+    first = top_k_rows(scores, torch.full_like(kept, row_floor), forced)
+    ranked = scores.masked_fill(first, torch.inf).flatten(2)
+    largest = int(kept.max())
+    best = ranked.topk(largest, dim=-1).indices
+    within = torch.arange(largest, device=scores.device) < kept[..., None]
+    mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, within)
+    return mask.view_as(scores) | first
+
+
+def top_p_rows(
+    scores: Tensor, share: float, forced: Tensor, floor: int = 1, cap: int | None = None
+) -> Tensor:
+    """The fewest blocks of each row that hold `share` of its scores (FlexPrefill, XAttention).
+
+    Args:
+        scores: (B, H, N, N), not negative.
+        forced: (N, N) bool, blocks that are taken first and always kept.
+        floor, cap: fewest and most blocks in a row; forced blocks may exceed the cap.
+
+    Returns:
+        (B, H, N, N) bool.
+    """
+    ranked = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    sums = scores.gather(-1, ranked).cumsum(-1)
+    before = sums.roll(1, -1)  # what the better blocks hold
+    before[..., 0] = 0
+    within = before < share * sums[..., -1:]
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    within = (within | (place < floor)) & (place < (cap or scores.shape[-1]))
+    return torch.zeros_like(within).scatter_(-1, ranked, within) | forced
+
+
+def above(scores: Tensor, threshold: float | Tensor, forced: Tensor, row_floor: int = 1) -> Tensor:
+    """Blocks that score at least `threshold`, and the best `row_floor` of each row; a bool mask."""
+    kept = torch.full(scores.shape[:2], row_floor, device=scores.device)
+    return (scores >= threshold) | top_k_rows(scores, kept, forced)
+
+
 def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
     """Segment of each block, (N,) int64: 0 text, 1 conditioning frames, 2 generated frames.
 
@@ -59,12 +109,16 @@ def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tenso
     return segments
 
 
-def forced_blocks(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
+def forced_blocks(
+    grid: VideoGrid, block_size: int, device: torch.device, own: bool = True
+) -> Tensor:
     """Blocks that are always kept, (N, N) bool.
 
-    A row's own block, and all that touch text or a conditioning frame.
+    A row's own block unless `own` is False, and all that touch text or a conditioning frame.
     """
-    forced = torch.eye(grid.num_blocks(block_size), dtype=torch.bool, device=device)
+    blocks_in_all = grid.num_blocks(block_size)
+    forced = torch.zeros(blocks_in_all, blocks_in_all, dtype=torch.bool, device=device)
+    forced.fill_diagonal_(own)
     for blocks in (grid.text_blocks(block_size), grid.conditioning_blocks(block_size)):
         forced[:, blocks.start : blocks.stop] = True
         forced[blocks.start : blocks.stop, :] = True

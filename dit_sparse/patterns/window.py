@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..config import SparseConfig
-from ..grid import VideoGrid, token_order
+from .score import nearness
 from .search import Found, Search
-from .select import blocks_of, forced_blocks, top_k_rows
+from .select import blocks_of, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class Window(SparseConfig):
     time_scale: float = 1.0
 
     paper: ClassVar[str] = "a floor, no paper; compare Sliding Tile Attention, arXiv 2502.04507"
+    cost: ClassVar[str] = "density; no search"
+    memory: ClassVar[str] = "mask bits N^2 / 8 bytes a layer and branch, one for all heads"
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,22 +32,6 @@ class Window(SparseConfig):
 
     def find(self, search: Search) -> Found:
         device = search.query.device
-        centres = _centres(search.grid, self.order, self.block_size).to(device)
-        centres[:, 0] *= self.time_scale
-        scores = -torch.cdist(centres, centres)[None, None]
-        kept = blocks_of(torch.full((1, 1), self.density, device=device), len(centres))
-        return Found(top_k_rows(scores, kept, forced_blocks(search.grid, self.block_size, device)))
-
-
-def _centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
-    """Mean (t, y, x) of each block's video tokens, (N, 3); the origin for a block of text alone."""
-    permutation, _ = token_order(grid, order, block_size)
-    area = grid.height * grid.width
-    place = torch.stack(
-        [permutation // area, permutation % area // grid.width, permutation % grid.width], dim=1
-    )
-    first = grid.text_tokens if grid.text_first else 0
-    block = (torch.arange(grid.video_tokens) + first) // block_size
-    sums = torch.zeros(grid.num_blocks(block_size), 3).index_add_(0, block, place.float())
-    counts = torch.bincount(block, minlength=len(sums)).clamp_min(1)
-    return sums / counts.unsqueeze(1)
+        scores = nearness(search.grid, self.order, self.block_size, self.time_scale).to(device)
+        kept = blocks_of(torch.full((1, 1), self.density, device=device), scores.shape[-1])
+        return Found(top_k_rows(scores, kept, self.forced(search)))

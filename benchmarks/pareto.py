@@ -1,0 +1,440 @@
+"""Which method is nearest to dense at which effective attention cost?
+
+    python benchmarks/pareto.py --out benchmarks/results/pareto.json
+    python benchmarks/pareto.py --out benchmarks/results/pareto.json --only-figure --figure it.png
+
+Every method sweeps the same grid of warm-up x density x searches on tuning prompts, judged by the
+error of the final latents; for each budget its best setting is run on other prompts and scored.
+Published settings are run as they are (hollow points). Resumable: a method that is in the file with
+the same settings is left out. All prompts and seeds of a setting go in one batch.
+
+What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
+has a threshold in place of searches, and its search is offline, so not in its cost; token order
+and block size are each method's own default. Velocity error is not measured.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
+
+from environment import environment  # noqa: E402
+from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
+
+from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
+from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
+from dit_sparse.loading import call_arguments, load_pipeline  # noqa: E402
+from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
+from dit_sparse.step import LayerAttention  # noqa: E402
+
+TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
+WARM_UPS, DENSITIES, SEARCHES = (0.0, 0.12, 0.24), (0.05, 0.1, 0.2, 0.35), (1, 3, 6)
+EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
+BUDGETS = (0.15, 0.25, 0.35, 0.5, 0.7)
+BASELINE = "adaspa"
+RESAMPLES = 10_000
+IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
+
+
+@dataclass
+class Clips:
+    """Prompts and seeds of one batch, and what dense attention makes of them."""
+
+    prompts: list[str]
+    labels: torch.Tensor
+    seeds: int
+    dense: torch.Tensor | None = None
+
+    @classmethod
+    def drawn(cls, count, seeds, prompt_seed):
+        prompts, labels, _ = make_test_prompts(count, prompt_seed)
+        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        return cls(repeated, labels.repeat_interleave(seeds, 0), seeds)
+
+
+@dataclass
+class Runner:
+    """One pipeline at one size."""
+
+    args: argparse.Namespace
+    name: str
+    source: Path
+    call: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipe = load_pipeline(self.source, self.device, getattr(torch, self.args.dtype))
+        self.pipe.vae.to(torch.float32)
+        arguments = call_arguments(self.pipe, self.source).override(
+            num_inference_steps=self.args.steps,
+            height=self.args.height,
+            width=self.args.width,
+            num_frames=self.args.frames,
+        )
+        self.call, args = arguments.call, self.args
+        self.tuning = Clips.drawn(args.tuning_prompts, 1, TUNING_SEED)
+        self.test = Clips.drawn(args.prompts, args.seeds, TEST_SEED)
+        # the same small network for all: it knows colours, shapes and directions
+        self.checker = load_checker(ROOT / "samples/prompt_checker.safetensors", self.device)
+        self.lpips = Lpips()
+
+    @property
+    def size(self):
+        return "x".join(str(self.call[k]) for k in ("width", "height", "num_frames"))
+
+    def prepare(self):
+        """Dense clips, and how long their attention takes."""
+        self.tuning.dense = self.latents(self.tuning)
+        self.test.dense = self.frames(self.test)
+        with enable_sparse_attention(self.pipe, density=1.0):
+            self.latents(self.test)  # not the first call, which loads things
+            self.dense_seconds = self.attention_seconds(self.test)
+
+    def generate(self, clips, output_type, seed_offset=0):
+        generators = [
+            torch.Generator().manual_seed(i % clips.seeds + seed_offset)
+            for i in range(len(clips.prompts))
+        ]
+        with torch.no_grad():
+            return self.pipe(
+                clips.prompts, generator=generators, output_type=output_type, **self.call
+            ).frames
+
+    def latents(self, clips):
+        return self.generate(clips, "latent").float()
+
+    def frames(self, clips, seed_offset=0):
+        """(N, T, H, W, 3) in [0, 1]."""
+        frames = self.generate(clips, "pt", seed_offset)  # (N, T, 3, H, W)
+        return frames.permute(0, 1, 3, 4, 2).float().cpu()
+
+    def attention_seconds(self, clips):
+        """Seconds inside self-attention, search and token order included, of one generation."""
+        with attention_clock(self.device) as total:
+            self.latents(clips)
+        return total()
+
+    def tune(self, config):
+        """Cost and latent error on the tuning prompts."""
+        with enable_sparse_attention(self.pipe, config) as handle:
+            latents = self.latents(self.tuning)
+            cost = handle.report().effective_cost
+        error = (latents - self.tuning.dense).square().mean() / self.tuning.dense.square().mean()
+        return {"config": config.to_dict(), "effective_cost": cost, "error": float(error)}
+
+    def score(self, method, config, **more):
+        """One record: the method on the test prompts."""
+        with enable_sparse_attention(self.pipe, config) as handle:
+            frames = self.frames(self.test)
+            report = handle.report()
+            seconds = self.attention_seconds(self.test)
+        with enable_sparse_attention(self.pipe, config, measure=True) as handle:
+            self.latents(self.tuning)
+            kept_mass = handle.report().kept_mass
+        return {
+            **self.compare(frames),
+            "method": method,
+            "config": config.to_dict(),
+            "effective_cost": report.effective_cost,
+            "effective_time": seconds / self.dense_seconds,
+            "density": report.density,
+            "kept_mass": kept_mass,
+            "peak_cache_bytes": report.peak_cache_bytes,
+            **more,
+        }
+
+    def compare(self, frames):
+        """Figures of clips against the dense ones."""
+        metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
+        psnr = [IDENTICAL_DB if m.identical else m.psnr for m in metrics]
+        lpips = [m.lpips for m in metrics]
+        return {
+            "pipeline": self.name,
+            "size": self.size,
+            "psnr": mean(psnr),
+            "ssim": mean([m.ssim for m in metrics]),
+            "lpips": None if None in lpips else mean(lpips),
+            "flicker": flicker(frames) / max(flicker(self.test.dense), 1e-9),
+            "seams": seams(frames, self.token_pixels())
+            / seams(self.test.dense, self.token_pixels()),
+            "prompt_following": self.followed(frames),
+            "prompts": len(self.test.prompts) // self.test.seeds,
+            "seeds": self.test.seeds,
+            "psnr_per_clip": psnr,
+        }
+
+    def followed(self, frames):
+        video = frames.permute(0, 1, 4, 2, 3) * 2 - 1
+        return accuracy(predict(self.checker, video), self.test.labels)
+
+    def token_pixels(self):
+        patch = self.pipe.transformer.config.patch_size
+        patch = patch if isinstance(patch, int) else patch[-1]
+        return self.pipe.vae_scale_factor_spatial * patch
+
+
+class attention_clock:
+    """Counts the time inside `LayerAttention`; gives a function that returns the seconds."""
+
+    def __init__(self, device):
+        self.cuda, self.spans = device == "cuda", []
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total(self):
+        if not self.cuda:
+            return sum(end - start for start, end in self.spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+
+    def __enter__(self):
+        self.original = original = LayerAttention.__call__
+
+        def timed(layer, *args):
+            start = self.now()
+            output = original(layer, *args)
+            self.spans.append((start, self.now()))
+            return output
+
+        LayerAttention.__call__ = timed
+        return self.total
+
+    def __exit__(self, *exception):
+        LayerAttention.__call__ = self.original
+
+
+def flicker(frames):
+    """Mean second difference over time, (N, T, H, W, 3)."""
+    return float((frames[:, 2:] - 2 * frames[:, 1:-1] + frames[:, :-2]).abs().mean())
+
+
+def seams(frames, pixels):
+    """Mean step between pixels on two sides of a token's edge, over that inside of tokens."""
+    steps = (frames[..., 1:, :] - frames[..., :-1, :]).abs().mean((0, 1, 2, 4))  # (W - 1,)
+    edge = torch.arange(1, len(steps) + 1) % pixels == 0
+    return float(steps[edge].mean() / steps[~edge].mean().clamp_min(1e-9))
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def settings(runner, method, cls, grid):
+    """The configs that a method is tuned over."""
+    for density in grid["densities"]:
+        if method == "sparse-vdit":
+            for epsilon in grid["epsilons"]:
+                yield from mode_table_configs(runner, cls, density, epsilon, grid["warm_ups"])
+            continue
+        for warm_up in grid["warm_ups"]:
+            for searches in grid["searches"]:
+                at = tuple(warm_up + (1 - warm_up) * i / searches for i in range(searches))
+                yield cls(density=density, search_at=at, every_step=False)
+            if cls.every_step:  # a method that looks at every step by itself may do so
+                yield cls(density=density, search_at=(warm_up,), every_step=True)
+
+
+def mode_table_configs(runner, cls, density, epsilon, warm_ups):
+    """Modes searched on the tuning prompts; the tables lie beside the results."""
+    path = runner.args.out.parent / f"modes-{runner.name}-{runner.size}-{density}-{epsilon}.json"
+    search = ModeSearch(density, epsilon=epsilon)
+    run = lambda: runner.latents(runner.tuning)  # noqa: E731
+    calibrate(runner.pipe, run, search, len(runner.tuning.prompts)).save(path)
+    for warm_up in warm_ups:
+        yield cls(density=density, search_at=(warm_up,), table=str(path))
+
+
+def chosen(tuned, budgets):
+    """For each budget the tuned setting of least error within it: (budgets it is best for, it)."""
+    best = {}
+    for budget in budgets:
+        within = [t for t in tuned if t["effective_cost"] <= budget]
+        if within:
+            setting = min(within, key=lambda t: t["error"])
+            best.setdefault(json.dumps(setting["config"]), ([], setting))[0].append(budget)
+    return list(best.values())
+
+
+def run_method(runner, method, budgets, grid):
+    """All records of a method on one pipeline."""
+    cls = available_methods()[method]
+    tuned = [runner.tune(config) for config in settings(runner, method, cls, grid)]
+    records = []
+    for of_budgets, setting in chosen(tuned, budgets):
+        records.append(runner.score(method, cls(**setting["config"]), budgets=of_budgets))
+        say(records[-1])
+    for options in {json.dumps(o): o for o in cls.published.values()}.values():
+        records.append(runner.score(method, cls(**options), published=True))
+        say(records[-1])
+    return records
+
+
+def say(record):
+    keys = ("pipeline", "method", "effective_cost", "effective_time", "psnr", "ssim")
+    print(" ".join(f"{k}={record[k]}" for k in keys), flush=True)
+
+
+def lines(runner):
+    """Chance, and on a GPU the noise floor: what two dense runs differ by."""
+    found = {"chance": runner.compare(runner.frames(runner.test, seed_offset=1000))}
+    if runner.device == "cuda":
+        transformer, dense = runner.pipe.transformer, runner.test.dense
+        transformer.set_attention_backend("_native_cudnn")
+        runner.test.dense = runner.frames(runner.test)
+        transformer.set_attention_backend("_native_flash")
+        found["noise_floor"] = runner.compare(runner.frames(runner.test))
+        transformer.set_attention_backend("native")
+        runner.test.dense = dense
+    return found
+
+
+def paired(records, baseline=BASELINE):
+    """PSNR of each method minus the baseline's within the same budget; prompts are resampled.
+
+    Intervals hold together: 95% for all comparisons of a pipeline at once (Bonferroni).
+    """
+    at = [(r, (r["pipeline"], r["size"], b)) for r in records for b in r.get("budgets", ())]
+    base = {key: r for r, key in at if r["method"] == baseline}
+    pairs = [(r, base[key], key) for r, key in at if r["method"] != baseline and key in base]
+    found = []
+    for record, other, key in pairs:
+        differences = [a - b for a, b in zip(record["psnr_per_clip"], other["psnr_per_clip"])]
+        of_prompts = (
+            torch.tensor(differences, dtype=torch.float64).view(-1, record["seeds"]).mean(1)
+        )
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(of_prompts), (RESAMPLES, len(of_prompts)), generator=generator)
+        level = 0.05 / len(pairs) / 2
+        bounds = of_prompts[drawn].mean(1).quantile(torch.tensor([level, 1 - level]).double())
+        found.append({
+            "pipeline": record["pipeline"],
+            "size": record["size"],
+            "method": record["method"],
+            "minus": baseline,
+            "budget": key[2],
+            "psnr": float(of_prompts.mean()),
+            "interval": bounds.tolist(),
+        })  # fmt: skip
+    return found
+
+
+def draw(result, path):
+    """PSNR over effective cost and over effective time; hollow points as published."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    places = list(dict.fromkeys((r["pipeline"], r["size"]) for r in result["records"]))
+    figure, axes = plt.subplots(
+        len(places), 2, figsize=(11, 4 * len(places)), squeeze=False, sharey="row"
+    )
+    methods = list(dict.fromkeys(r["method"] for r in result["records"]))
+    for row, place in zip(axes, places):
+        for axis, x in zip(row, ("effective_cost", "effective_time")):
+            for index, method in enumerate(methods):
+                mine = [
+                    r
+                    for r in result["records"]
+                    if (r["pipeline"], r["size"]) == place and r["method"] == method
+                ]
+                tuned = sorted((r[x], r["psnr"]) for r in mine if "budgets" in r)
+                axis.plot(*zip(*tuned or [((), ())]), "o-", color=f"C{index}", label=method)
+                hollow = [(r[x], r["psnr"]) for r in mine if r.get("published")]
+                if hollow:
+                    axis.plot(*zip(*hollow), "o", color=f"C{index}", fillstyle="none")
+            for name, line in result["lines"].get(" ".join(place), {}).items():
+                axis.axhline(line["psnr"], linestyle=":", color="grey")
+                axis.annotate(
+                    name, (0.99, line["psnr"]), xycoords=("axes fraction", "data"), ha="right"
+                )
+            axis.set(xlabel=x.replace("_", " ") + " (dense = 1)", title=" ".join(place))
+        row[0].set_ylabel("PSNR against dense, dB")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def load_results(args, fixed):
+    """What an earlier run left, if it had the same settings.
+
+    Raises:
+        SystemExit: it had others.
+    """
+    if not args.out.is_file():
+        return {"question": __doc__.split("\n")[0], "settings": fixed, "records": [], "lines": {}}
+    result = json.loads(args.out.read_text())
+    if result["settings"] != fixed:
+        raise SystemExit(f"{args.out} was made with other settings: name another --out")
+    return result
+
+
+def save(args, result):
+    result["paired"] = paired(result["records"])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(args.out)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
+    add("--out", type=Path, required=True)
+    add("--figure", type=Path)
+    add("--only-figure", action="store_true")
+    add("--method", action="append", help="repeatable; default: all")
+    add("--prompts", type=int, default=20)
+    add("--seeds", type=int, default=2)
+    add("--tuning-prompts", type=int, default=10)
+    for name in ("steps", "height", "width", "frames"):
+        add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
+    for name, values in (
+        ("budgets", BUDGETS), ("warm-ups", WARM_UPS), ("densities", DENSITIES),
+        ("searches", SEARCHES), ("epsilons", EPSILONS),
+    ):  # fmt: skip
+        add(f"--{name}", type=type(values[0]), nargs="+", default=list(values))
+    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--commit", help="where there is no git here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
+    numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
+    result = load_results(args, grid | {k: getattr(args, k) for k in numbers})
+    result["environment"] = environment(args.commit)
+    methods = args.method or list(available_methods())
+    for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
+        runner = Runner(args, source.name, source)
+        done = {(r["pipeline"], r["size"], r["method"]) for r in result["records"]}
+        left = [m for m in methods if (runner.name, runner.size, m) not in done]
+        if not left:
+            continue
+        runner.prepare()
+        place = f"{runner.name} {runner.size}"
+        if place not in result["lines"]:
+            result["lines"][place] = lines(runner)
+        for method in left:
+            result["records"] += run_method(runner, method, args.budgets, grid)
+            save(args, result)
+    if args.figure:
+        draw(result, args.figure)
+
+
+if __name__ == "__main__":
+    main()

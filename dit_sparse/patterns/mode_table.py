@@ -1,0 +1,103 @@
+"""A table of attention modes per CFG branch, step, layer and head: what `calibrate` writes.
+
+JSON with a digit for each head, so that 50 steps of 60 layers of 24 heads are 72 kB a branch. It is
+read as data and checked; nothing in it is executed.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+SCHEMA = 1
+KIND = "sparse-vdit mode table"
+
+
+@dataclass(frozen=True)
+class ModeTable:
+    """Modes and what they were searched on.
+
+    Attributes:
+        layers, heads: of the transformers that run sparse.
+        grid: frames, height and width of the video in tokens.
+        density, order, block_size: of the sparse modes.
+        weight, epsilon: of the search (lambda and epsilon in the paper).
+        prompts: how many were searched on.
+        modes: for each branch and step, a string of digits for each layer.
+    """
+
+    layers: int
+    heads: int
+    grid: tuple[int, int, int]
+    num_steps: int
+    density: float
+    order: str
+    block_size: int
+    weight: float
+    epsilon: float
+    prompts: int
+    modes: dict[str, list[list[str]]]
+
+    def at(self, branch: str, step: int, num_steps: int, layer: int) -> list[int]:
+        """Modes of a layer's heads; a run of other length takes the row at its share of steps."""
+        if branch not in self.modes:
+            raise ValueError(
+                f"the mode table knows the guidance branches {', '.join(self.modes)}, not"
+                f" {branch!r}: calibrate with the guidance that you generate with"
+            )
+        return [int(mode) for mode in self.modes[branch][step * self.num_steps // num_steps][layer]]
+
+    def refuse_other_model(self, layers: int, heads: int, grid: tuple[int, int, int]) -> None:
+        for name, mine, given in (
+            ("layers", self.layers, layers),
+            ("heads", self.heads, heads),
+            ("tokens (frames, height, width)", self.grid, grid),
+        ):
+            if mine != given:
+                raise ValueError(
+                    f"the mode table is of another model or size: it has {mine} {name}, this run"
+                    f" has {given}; make one with `dit-sparse calibrate`"
+                )
+
+    def save(self, path: str | Path) -> None:
+        text = json.dumps({"kind": KIND, "schema": SCHEMA, **asdict(self)}, indent=0)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def load_mode_table(path: str | Path, modes: int) -> ModeTable:
+    """Read a table whose modes are 0 to `modes` - 1.
+
+    Raises:
+        ValueError: not there, not such a table, or one that does not fit itself.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"no mode table at {file}: make one with `dit-sparse calibrate`")
+    return _load(file, file.stat().st_mtime_ns, modes)
+
+
+@lru_cache(maxsize=8)
+def _load(file: Path, changed: int, modes: int) -> ModeTable:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if (stored.pop("kind"), stored.pop("schema")) != (KIND, SCHEMA):
+            raise ValueError(f"it does not say {KIND!r}, schema {SCHEMA}")
+        table = ModeTable(**stored | {"grid": tuple(stored["grid"])})
+        _check(table, modes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no mode table ({error}): make one with `dit-sparse calibrate`"
+        ) from error
+    return table
+
+
+def _check(table: ModeTable, modes: int) -> None:
+    if not table.modes:
+        raise ValueError("it has no branch")
+    known = set("0123456789"[:modes])
+    for branch, steps in table.modes.items():
+        if len(steps) != table.num_steps or any(len(rows) != table.layers for rows in steps):
+            raise ValueError(f"branch {branch} is not {table.num_steps} x {table.layers} rows")
+        for row in (row for rows in steps for row in rows):
+            if not isinstance(row, str) or len(row) != table.heads or set(row) - known:
+                raise ValueError(f"{row!r} is not {table.heads} modes of {len(known)}")

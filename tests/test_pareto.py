@@ -1,0 +1,72 @@
+"""benchmarks/pareto.py on a tiny pipeline: its records, that it resumes, and its arithmetic."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
+
+import pareto  # noqa: E402
+
+FIELDS = {"pipeline", "size", "method", "effective_cost", "effective_time", "density", "psnr"}
+FIELDS |= {"ssim", "kept_mass", "prompts", "seeds"}
+
+
+def arguments(out, *methods):
+    small = "--prompts 1 --seeds 1 --tuning-prompts 1 --steps 3 --warm-ups 0.34 --densities 0.5"
+    small += " --searches 1 --epsilons 0.6 --budgets 0.9 1.5"
+    chosen = [part for method in methods for part in ("--method", method)]
+    return ["--pipeline", str(tiny_folder()), "--out", str(out), *small.split(), *chosen]
+
+
+def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch):
+    out = tmp_path / "pareto.json"
+    pareto.main(arguments(out, "adaspa", "window"))
+    first = json.loads(out.read_text())
+    for record in first["records"]:
+        assert FIELDS <= set(record) and 0 < record["effective_cost"] <= 1.5
+        assert set(record["prompt_following"]) == {"colour", "shape", "direction"}
+    assert {r["method"] for r in first["records"]} == {"adaspa", "window"}
+    assert [r["method"] for r in first["records"] if r.get("published")] == ["adaspa"]
+    assert any("chance" in lines for lines in first["lines"].values())
+    pareto.main(arguments(out, "adaspa", "sparse-vdit", "rettention"))
+    second = json.loads(out.read_text())
+    assert second["records"][: len(first["records"])] == first["records"]
+    assert {"sparse-vdit", "rettention"} <= {r["method"] for r in second["records"]}
+    with pytest.raises(SystemExit, match="other settings"):
+        pareto.main([*arguments(out, "adaspa"), "--seeds", "2"])
+    if find_spec("matplotlib"):
+        pareto.main([*arguments(out), "--only-figure", "--figure", str(tmp_path / "figure.png")])
+        assert (tmp_path / "figure.png").is_file()
+
+
+def test_the_best_setting_within_each_budget_is_chosen_once():
+    tuned = [
+        {"config": {"i": i}, "effective_cost": cost, "error": error}
+        for i, (cost, error) in enumerate([(0.2, 0.5), (0.3, 0.1), (0.6, 0.2)])
+    ]
+    found = pareto.chosen(tuned, (0.1, 0.25, 0.5, 0.7))
+    assert [(budgets, s["config"]["i"]) for budgets, s in found] == [([0.25], 0), ([0.5, 0.7], 1)]
+
+
+def test_paired_differences_are_over_prompts():
+    def record(method, values):
+        place = {"pipeline": "a", "size": "b", "budgets": [0.5], "seeds": 2}
+        return place | {"method": method, "psnr_per_clip": values}
+
+    records = [record("adaspa", [20.0, 22.0, 30.0, 30.0]), record("window", [19.0, 21.0, 28.0, 28])]
+    (found,) = pareto.paired(records)
+    assert found["psnr"] == -1.5 and found["interval"] == [-2.0, -1.0]
+
+
+def test_seams_and_flicker():
+    flat = torch.rand(1, 4, 8, 1, 3).expand(1, 4, 8, 16, 3)
+    stepped = flat + (torch.arange(16) // 4).view(1, 1, 1, 16, 1) + torch.rand(16, 1) * 0.01
+    assert pareto.seams(stepped, 4) > 50
+    assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0

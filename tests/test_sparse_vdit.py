@@ -1,0 +1,168 @@
+"""Sparse-vDiT: its modes, its offline search, and the table that comes out."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from test_wan import generate, leftovers
+from tiny import tiny_folder, tiny_wan
+from tiny_joint import PIPELINES
+from typer.testing import CliRunner
+
+from dit_sparse import SparseVDiT, VideoGrid, enable_sparse_attention
+from dit_sparse.calibrate import ModeSearch, calibrate, relative_errors
+from dit_sparse.cli import app
+from dit_sparse.patterns.mode_table import load_mode_table
+from dit_sparse.patterns.sparse_vdit import MODES, mode_masks
+
+CPU = torch.device("cpu")
+
+
+def made(pipe, tmp_path, run=None, **options):
+    """Path of a table searched on a pipeline."""
+    search = ModeSearch(**{"density": 0.5, "block_size": 32} | options)
+    calibrate(pipe, run or (lambda: generate(pipe)), search).save(tmp_path / "table.json")
+    return str(tmp_path / "table.json")
+
+
+def enable(pipe, table, **options):
+    return enable_sparse_attention(
+        pipe, "sparse-vdit", table=table, **{"density": 0.5, "block_size": 32} | options
+    )
+
+
+def test_masks_of_the_modes():
+    grid = VideoGrid(4, 8, 16)  # two blocks of 64 a frame: its upper and its lower half
+    full, skip, diagonal, places, stripes = mode_masks(grid, "raster", 64, 0.5, True, CPU)
+    assert full.all() and not skip.any()
+    halves = torch.arange(8) % 2
+    assert places.equal(halves[:, None] == halves)  # the same half of every frame
+    for i in range(8):
+        distances = [abs(i - j) for j in diagonal[i].nonzero().flatten().tolist()]
+        assert len(distances) == 4 and sorted(distances) == sorted(abs(i - j) for j in range(8))[:4]
+    assert stripes.equal((halves == 0).expand(8, -1) | torch.eye(8, dtype=torch.bool))
+
+
+def test_relative_errors_and_the_choice_equal_a_loop():
+    dense, *outputs = torch.randn(4, 2, 10, 3, 4)
+    found = relative_errors(outputs, dense)
+    energies = [dense[:, :, h].square().sum() for h in range(3)]
+    for i, output in enumerate(outputs):
+        for h in range(3):
+            error = (output[:, :, h] - dense[:, :, h]).square().sum()
+            assert found[i, h].item() == pytest.approx((error / (sum(energies) / 3)).item())
+    losses = torch.tensor([[0.3, 0.1, 0.9], [0.4, 0.2, 0.5]])
+    assert ModeSearch(epsilon=0.35).choose(losses).tolist() == [1, 1, 0]
+
+
+def test_all_dense_where_epsilon_is_0_and_all_skipped_where_it_is_large(tmp_path):
+    pipe = tiny_wan()
+    stock = generate(pipe)
+    handle = enable(pipe, made(pipe, tmp_path, epsilon=0.0))
+    assert (generate(pipe) - stock).abs().max() < 1e-5
+    assert handle.report().effective_cost == pytest.approx(1)
+    handle.disable()
+    handle = enable(pipe, made(pipe, tmp_path, epsilon=1e9, weight=1e6))
+    assert generate(pipe).isfinite().all()
+    assert handle.report().effective_cost == 0 and handle.report().density == 0
+    handle.disable()
+    assert leftovers(pipe.transformer) == ([], set()) and generate(pipe).equal(stock)
+
+
+def test_inference_repeats_what_the_search_passed_on(tmp_path):
+    """The search goes on with its own choice, so the same prompt and seed give the same video."""
+    pipe = tiny_wan()
+    searched = []
+    table = made(pipe, tmp_path, lambda: searched.append(generate(pipe)), epsilon=0.7)
+    modes = {
+        m for b in load_mode_table(table, 5).modes.values() for s in b for row in s for m in row
+    }
+    assert len(modes) > 1
+    handle = enable(pipe, table)
+    assert (generate(pipe) - searched[0]).abs().max() < 1e-4
+    report = handle.report()
+    by_hand = [sum(entry["density"]) / 2 for entry in report.trace]
+    assert report.effective_cost == pytest.approx(sum(by_hand) / len(by_hand))
+    generate(pipe, steps=4)  # takes the rows at its share of the steps
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX"])
+@torch.no_grad()
+def test_joint_families(name, tmp_path):
+    make, call = PIPELINES[name]
+    pipe, arguments = make(), call(1, True)
+    fixed = {"num_inference_steps": 3, "output_type": "latent"}
+    run = partial(pipe, **arguments, **fixed)
+    again = partial(run, generator=torch.Generator().manual_seed(0))
+    searched = []
+    table = made(pipe, tmp_path, lambda: searched.append(again().frames), epsilon=0.7)
+    enable(pipe, table)
+    found = run(generator=torch.Generator().manual_seed(0)).frames
+    assert (found - searched[0]).abs().max() < 1e-4 * searched[0].abs().max()
+
+
+def test_another_model_size_or_branch_is_refused(tmp_path):
+    pipe = tiny_wan()
+    table = made(pipe, tmp_path, lambda: generate(pipe, guidance=1.0))
+    enable(pipe, table)
+    with pytest.raises(ValueError, match="tokens.*calibrate"):
+        generate(pipe, size=64, guidance=1.0)
+    with pytest.raises(ValueError, match="guidance"):
+        generate(pipe)
+    changed = json.loads((tmp_path / "table.json").read_text())
+    for field, rows in (("layers", lambda s: s * 2), ("heads", lambda s: [r * 2 for r in s])):
+        other = changed | {field: changed[field] * 2}
+        other["modes"] = {"cond": [rows(step) for step in changed["modes"]["cond"]]}
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        enable(pipe, str(tmp_path / "other.json"))
+        with pytest.raises(ValueError, match=f"another model.*{field}"):
+            generate(pipe, guidance=1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"kind": "pickle"},
+        {"modes": {}},
+        {"modes": {"cond": [["01"]]}},
+        {"heads": 3},
+        {"unknown": 1},
+        None,
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, change):
+    pipe = tiny_wan()
+    table = made(pipe, tmp_path, lambda: generate(pipe, steps=2))
+    stored = json.loads(open(table).read())
+    text = "import os" if change is None else json.dumps(stored | change)
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match="bad.json is no mode table"):
+        SparseVDiT(table=str(tmp_path / "bad.json"))
+
+
+def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
+    table = made(tiny := tiny_wan(), tmp_path, lambda: generate(tiny, steps=2))
+    with pytest.raises(ValueError, match="density=0.5, got 0.2"):
+        SparseVDiT(table=table, block_size=32)
+    with pytest.raises(ValueError, match="needs table="):
+        SparseVDiT()
+    with pytest.raises(ValueError, match="no mode table at"):
+        SparseVDiT(table=str(tmp_path / "missing.json"))
+
+
+def test_the_command_writes_a_table_that_generate_takes(tmp_path):
+    out = tmp_path / "table.json"
+    base = ["--pipeline", str(tiny_folder()), "--steps", "2"]
+    result = CliRunner().invoke(
+        app, ["calibrate", *base, "-o", str(out), "--block-size", "32", "--prompt", "a red circle"]
+    )
+    assert result.exit_code == 0, result.output
+    assert all(mode in result.stdout for mode in MODES)
+    method = f"sparse-vdit:table={out},block_size=32"
+    result = CliRunner().invoke(
+        app,
+        ["generate", *base, "-m", method, "-o", str(tmp_path), "--prompt", "a red circle", "-q"],
+    )
+    assert result.exit_code == 0, result.output
