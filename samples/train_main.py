@@ -77,7 +77,8 @@ def parse_arguments(family):
     sizes = SMOKE_SIZES if args.smoke else SIZES
     args.sizes = {name: sizes[name] for name in args.pools.split(",")}
     if args.smoke:
-        args.frames, args.size, args.layers, args.chunk, args.clock = 3, 32, 2, 4, 4
+        args.frames, args.size, args.chunk, args.clock = 3, 32, 4, 4
+        args.layers = family.LAYERS if args.init else 2
         args.vae_seconds = args.checker_seconds = args.guidance_seconds = 2
         args.total_seconds = 4
     return args
