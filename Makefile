@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A GPU machine takes torch's newest CUDA build, any other a tested version.
 TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-matrix lint clean
 
 demo: .venv/installed
 	$(BIN)/dit-sparse compare --method adaspa --steps 10 --out demo
@@ -16,6 +16,10 @@ test: .venv/installed-test
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
+# Lowest and newest versions that pyproject.toml admits, each in an environment of its own.
+test-matrix:
+	$(PYTHON) tests/matrix.py
+
 # Type checkers fail on the layout of the checkout, so mypy reads an installed copy.
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -25,7 +29,7 @@ lint: .venv/installed-dev
 	cd .venv/tree && ../bin/mypy --config-file ../../pyproject.toml -p dit_sparse
 
 clean:
-	rm -rf .venv build demo *.egg-info
+	rm -rf .venv .venv-matrix build demo *.egg-info
 
 .venv/torch: constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

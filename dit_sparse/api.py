@@ -16,10 +16,11 @@ from .config import SparseConfig
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of
+from .pipelines.family import Family, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
+from .swap import Swap, keep_through_fusion
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class SparseAttention:
             self.method,
             self.config.to_dict(),
             [installed.state for installed in self._installed],
-            [len(installed.processors) for installed in self._installed],
+            [len(installed.swaps) for installed in self._installed],
             self._notes,
         )
 
@@ -172,13 +173,14 @@ class Installation:
         self.denoising = Denoising(pipe, num_steps)
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
-        self.processors: list[tuple[Any, Any]] = []  # attention module, our processor
+        self.swaps: list[Swap] = []
         with ExitStack() as undo:  # what is done so far is undone if the rest fails
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
             undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
             for module in family.self_attentions(transformer):
                 undo.callback(self._install_processor(module, measure))
+            undo.callback(keep_through_fusion(transformer, self.swaps))
             for undo_hook in family.hooks(transformer, self):
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
@@ -186,26 +188,15 @@ class Installation:
             self._undo = undo.pop_all()
 
     def _install_processor(self, module: Any, measure: bool) -> Undo:
-        before = module.processor
-        if type(before).__name__ != self.family.stock_processor:
-            self.handle.note(
-                f"{type(before).__name__} is put aside until sparse attention is disabled"
-            )
+        name = type(module.processor).__name__
+        if name not in (self.family.stock_processor, self.family.fused_processor):
+            self.handle.note(f"{name} is put aside until sparse attention is disabled")
         layer = LayerAttention(self.state, self.config, len(self.layers), measure)
-        ours = self.family.processor(register_layer(layer))
-        ours._attention_backend = getattr(before, "_attention_backend", None)
-        layer.dense = ours.dense
-        module.set_processor(ours)
+        swap = Swap(module, self.family.processor(register_layer(layer)))
+        layer.dense = swap.ours.dense
         self.layers.append(layer)
-        self.processors.append((module, ours))
-
-        def undo() -> None:
-            if module.processor is ours:
-                if hasattr(before, "_attention_backend"):
-                    before._attention_backend = ours._attention_backend
-                module.set_processor(before)
-
-        return undo
+        self.swaps.append(swap)
+        return swap.take_off
 
     @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
     def _before_call(
@@ -215,11 +206,12 @@ class Installation:
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
+        self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
         self.state.begin(
             Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         )
-        replaced = sum(module.processor is not ours for module, ours in self.processors)
+        replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
@@ -227,6 +219,15 @@ class Installation:
             )
         changed = prepared.changed | self._reordered(given, prepared.per_token)
         return ((), given | changed) if changed else None
+
+    def _tell_of_forced_blocks(self, grid: VideoGrid) -> None:
+        """They count towards the density; where they alone are more, it cannot be kept."""
+        share = grid.forced_share(self.config.block_size)
+        if share > self.config.density:
+            self.handle.note(
+                f"text and conditioning frames are {share:.0%} of the blocks and always attended:"
+                f" density={self.config.density:g} leaves the rest with its own block alone"
+            )
 
     def _reordered(self, given: dict, names: tuple[str, ...]) -> dict:
         """Inputs that are per-token tables, in block order."""
@@ -247,6 +248,10 @@ class Installation:
         if self.config.density == 1 or self.config.order == "raster":
             return None
         return _order_on(like.device, self.grid, self.config.order, self.config.block_size)
+
+    def order_in_layers(self) -> None:
+        for layer in self.layers:
+            layer.order = self.order
 
     def remove(self) -> None:
         self._undo.close()
@@ -295,8 +300,9 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     found = [(module, family) for module in modules if (family := family_of(module)) is not None]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
+        reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that can run sparse; supported are"
+            f"{type(pipe).__name__} has no transformer that can run sparse{reasons}; supported are"
             f" {supported} and their transformers"
         )
     return found

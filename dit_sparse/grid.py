@@ -1,6 +1,6 @@
 """The video token grid, the text beside it, and the orders in which tokens are cut into blocks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,8 @@ class VideoGrid:
         frames, height, width: size of the latent video in tokens (after patching).
         text_tokens: text tokens in the same attention (0 where text has its own cross-attention).
         text_first: True if the text stands before the video (CogVideoX), False if after.
+        conditioning_frames: leading frames that are given and not generated (an image to start
+            from, reference images); like text they always attend and are always attended.
     """
 
     frames: int
@@ -24,10 +26,13 @@ class VideoGrid:
     width: int
     text_tokens: int = 0
     text_first: bool = False
+    conditioning_frames: int = 0
 
     def __post_init__(self):
         if min(self.frames, self.height, self.width) < 1 or self.text_tokens < 0:
             raise ValueError(f"a grid needs at least one token along each axis, got {self}")
+        if not 0 <= self.conditioning_frames <= self.frames:
+            raise ValueError(f"a grid has 0 to `frames` conditioning frames, got {self}")
 
     @property
     def video_tokens(self) -> int:
@@ -43,13 +48,27 @@ class VideoGrid:
         start = 0 if self.text_first else self.video_tokens
         return start, start + self.text_tokens
 
+    @property
+    def conditioning_span(self) -> tuple[int, int]:
+        """First token of the conditioning frames and the one after the last, in the sequence."""
+        start = self.text_tokens if self.text_first else 0
+        return start, start + self.conditioning_frames * self.height * self.width
+
     def num_blocks(self, block_size: int) -> int:
         return -(-self.tokens // block_size)
 
     def text_blocks(self, block_size: int) -> range:
         """Blocks that hold at least one text token; the mixed block counts as text."""
-        start, stop = self.text_span
-        return range(0) if start == stop else range(start // block_size, -(-stop // block_size))
+        return _blocks(*self.text_span, block_size)
+
+    def conditioning_blocks(self, block_size: int) -> range:
+        """Blocks that hold at least one token of a conditioning frame."""
+        return _blocks(*self.conditioning_span, block_size)
+
+    def forced_share(self, block_size: int) -> float:
+        """Share of the blocks that every row reads: those of text and of conditioning frames."""
+        forced = {*self.text_blocks(block_size), *self.conditioning_blocks(block_size)}
+        return len(forced) / self.num_blocks(block_size)
 
     def block_lengths(self, block_size: int) -> Tensor:
         """Valid tokens of each block, (num_blocks,) int64; only the last can be short."""
@@ -58,13 +77,17 @@ class VideoGrid:
         return lengths
 
 
+def _blocks(start: int, stop: int, block_size: int) -> range:
+    return range(0) if start == stop else range(start // block_size, -(-stop // block_size))
+
+
 @lru_cache(maxsize=64)
 def token_order(grid: VideoGrid, order: str, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Permutation into block order and its inverse, each (video_tokens,) int64 on the CPU.
 
     `video[permutation]` is in block order and `ordered[inverse]` in raster order again.
-    The first frame stays in front as a segment of its own: it is often the conditioning frame,
-    and a causal VAE encodes it alone.
+    The first frame stays in front as a segment of its own, since a causal VAE encodes it alone;
+    or all the conditioning frames where there are more.
 
     Args:
         grid: the video; its text is never moved.
@@ -79,10 +102,11 @@ def token_order(grid: VideoGrid, order: str, block_size: int = 64) -> tuple[Tens
         permutation = torch.arange(grid.video_tokens)
     else:
         rank = _hilbert_rank if order == "curve" else _tile_rank
-        first = replace(grid, frames=1, text_tokens=0)
+        leading = max(grid.conditioning_frames, 1)
+        first = VideoGrid(leading, grid.height, grid.width)
         parts = [rank(first, block_size).argsort(stable=True)]
-        if grid.frames > 1:
-            rest = replace(grid, frames=grid.frames - 1, text_tokens=0)
+        if grid.frames > leading:
+            rest = VideoGrid(grid.frames - leading, grid.height, grid.width)
             parts.append(rank(rest, block_size).argsort(stable=True) + first.video_tokens)
         permutation = torch.cat(parts)
     return permutation, permutation.argsort()

@@ -12,6 +12,8 @@ from ..grid import VideoGrid
 from ..step import attend
 from .family import CurrentCall, Family, Prepared, Undo
 
+FUSED = "FusedCogVideoXAttnProcessor2_0"
+
 
 class CogVideoXSparseAttnProcessor:
     """The stock processor, fused projections or not, with the attention handed to a layer of ours.
@@ -19,6 +21,8 @@ class CogVideoXSparseAttnProcessor:
     Args:
         slot: 0-d int64 CPU tensor that names the layer.
     """
+
+    before: Any  # the processor it stands for
 
     def __init__(self, slot: Tensor):
         self.slot = slot
@@ -36,7 +40,7 @@ class CogVideoXSparseAttnProcessor:
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
-            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in _projections(attn, joint)
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in self._projections(attn, joint)
         )  # (B, H, S, D)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
@@ -48,16 +52,16 @@ class CogVideoXSparseAttnProcessor:
         output = attn.to_out[1](attn.to_out[0](output))
         return output[:, text:], output[:, :text]
 
+    def _projections(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """As the stock processor would: unfusing leaves the module's fused weights behind."""
+        if type(self.before).__name__ == FUSED:
+            return attn.to_qkv(x).chunk(3, dim=-1)
+        return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+
     def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
         """torch's own choice: diffusers gives CogVideoX no attention backends."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def _projections(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        return attn.to_qkv(x).chunk(3, dim=-1)
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
 
 def _rotate_video(x: Tensor, rotary_emb: Any, text: int) -> Tensor:
@@ -76,8 +80,18 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
         width // config.patch_size,
         text_tokens=given["encoder_hidden_states"].shape[1],
         text_first=True,
+        conditioning_frames=int(_starts_from_image(config, given["hidden_states"])),
     )
     return Prepared(grid, per_token=("image_rotary_emb",))
+
+
+def _starts_from_image(config: Any, latents: Tensor) -> bool:
+    """True where the extra channels hold an image in the first frame and zeros behind it.
+
+    They hold a whole video for `CogVideoXFunControlPipeline`. One host sync where they exist.
+    """
+    extra = latents[:, -1, config.out_channels or config.in_channels :]
+    return extra.numel() > 0 and not bool(extra.any())
 
 
 def self_attentions(transformer: Any) -> Iterator[nn.Module]:
@@ -109,10 +123,13 @@ COGVIDEOX = Family(
         "CogVideoXPipeline",
         "CogVideoXImageToVideoPipeline",
         "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
     ),
     guidance="one batch",
+    text="before the video",
     fps=8,
     stock_processor="CogVideoXAttnProcessor2_0",
+    fused_processor=FUSED,
     processor=CogVideoXSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,

@@ -20,6 +20,10 @@ class CurrentCall(Protocol):
     def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Block order of the video tokens and its inverse on a tensor's device, None for raster."""
 
+    def order_in_layers(self) -> None:
+        """Let each layer put its own tokens in block order and back: where a model slices tokens
+        by frame between its layers, they must stay in raster order there."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -37,44 +41,66 @@ class Prepared:
     per_token: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Facts of a family, and the few functions that differ between families.
 
     Attributes:
-        transformers: class names, matched along the class hierarchy.
+        transformers: class names; a subclass belongs to the family too.
         pipelines: class names of the diffusers pipelines that use them.
         guidance: how classifier-free guidance reaches the transformer.
+        text: where the text tokens stand.
         fps: frames per second that the models were trained on.
         stock_processor: class name of diffusers' own attention processor.
+        fused_processor: of that for fused projections, where it is another.
         processor: class of the attention processor, built with the slot of its layer, with a
-            method `dense` (query, key, value, kv_len) -> output on (B, S, H, D).
+            method `dense` (query, key, value, kv_len) -> output on (B, S, H, D). The processor it
+            stands for is put on it as `before`.
         prepare: (transformer, inputs by name, keep_padding) -> Prepared.
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
         hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
             to undo each.
+        tested: on which weights the tests run it.
     """
 
     name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
     guidance: str
+    text: str
     fps: float
     stock_processor: str
+    fused_processor: str | None = None
     processor: type
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
+    tested: str = "tiny random"
+
+
+REFUSED = {  # transformers that look as if they were supported, and why they are not
+    "WanAnimate2Transformer3DModel": "it attends to generated and reference tokens together,"
+    " through a mask of its own, and not over one grid of video tokens",
+    "HunyuanVideoFramepackTransformer3DModel": "earlier frames, shrunk to three sizes, stand in"
+    " front of the video, so that it does not attend over one grid of video tokens",
+}
 
 
 def families() -> tuple[Family, ...]:
     from .cogvideox import COGVIDEOX
     from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
     from .wan import WAN
+    from .wan_animate import WAN_ANIMATE
 
-    return WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
+    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
 
 
 def family_of(transformer: nn.Module) -> Family | None:
     names = {cls.__name__ for cls in type(transformer).__mro__}
     return next((f for f in families() if names & set(f.transformers)), None)
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a transformer is refused, None where nothing special is known of it."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((f"{name}: {REFUSED[name]}" for name in names if name in REFUSED), None)

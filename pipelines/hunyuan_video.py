@@ -103,9 +103,13 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     The stock forward counts the valid tokens and takes as many from the front. One host sync.
     """
     mask = given["encoder_attention_mask"]
-    counts = [int(count) for count in mask.sum(1).tolist()]
-    slots = mask.shape[1] if keep_padding else max(counts)
-    return _prepared(transformer, given, counts, slots, {})
+    counts = mask.sum(1, dtype=torch.int).tolist()  # the mask may be bfloat16: exact to 256
+    slots = mask.shape[1] if keep_padding else max(1, *counts)
+    config = transformer.config
+    image_channels = config.in_channels > (config.out_channels or config.in_channels)
+    first_frame = image_channels or config.image_condition_type == "token_replace"
+    grid = _grid(transformer, given, slots, first_frame)
+    return Prepared(grid, _lengths(grid, counts))
 
 
 def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
@@ -116,26 +120,36 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
     counts = [images + n for n in sum(mask.sum(1) for mask in masks.values()).tolist()]
     if keep_padding:
         slots = image.shape[1] + sum(mask.shape[1] for mask in masks.values())
-        return _prepared(transformer, given, counts, slots, {})
+        grid = _grid(transformer, given, slots, first_frame=images > 0)
+        return Prepared(grid, _lengths(grid, counts))
     changed = {"image_embeds": image[:, :images]}
     for suffix, mask in masks.items():
         used = mask.any(0)
+        used[:1] |= suffix == ""  # the token refiner needs a token
         for name in (f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}"):
             changed[name] = given[name][:, used]
     slots = images + sum(changed[f"encoder_attention_mask{suffix}"].shape[1] for suffix in masks)
-    return _prepared(transformer, given, counts, slots, changed)
+    grid = _grid(transformer, given, slots, first_frame=images > 0)
+    return Prepared(grid, _lengths(grid, counts), changed)
 
 
-def _prepared(
-    transformer: Any, given: dict[str, Any], counts: list[int], slots: int, changed: dict
-) -> Prepared:
+def _grid(transformer: Any, given: dict[str, Any], slots: int, first_frame: bool) -> VideoGrid:
+    """Of a latent video (B, C, T, H, W); `first_frame` is given by an image, not generated."""
     config = transformer.config
-    patch = config.patch_size_t, config.patch_size, config.patch_size
-    sizes = (n // p for n, p in zip(given["hidden_states"].shape[2:], patch))
-    grid = VideoGrid(*sizes, slots)
-    if min(counts) == slots:
-        return Prepared(grid, None, changed)
-    return Prepared(grid, tuple(grid.video_tokens + count for count in counts), changed)
+    frames, height, width = given["hidden_states"].shape[2:]
+    return VideoGrid(
+        frames // config.patch_size_t,
+        height // config.patch_size,
+        width // config.patch_size,
+        text_tokens=slots,
+        conditioning_frames=int(first_frame),
+    )
+
+
+def _lengths(grid: VideoGrid, counts: list[int]) -> tuple[int, ...] | None:
+    if min(counts) == grid.text_tokens:
+        return None
+    return tuple(grid.video_tokens + count for count in counts)
 
 
 def self_attentions(transformer: Any) -> Iterator[nn.Module]:
@@ -179,8 +193,13 @@ def hooks_with_cut(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     transformers=("HunyuanVideoTransformer3DModel",),
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    pipelines=(
+        "HunyuanVideoPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
+    ),
     guidance="embedded, or two calls",
+    text="after the video",
     fps=24,
     stock_processor="HunyuanVideoAttnProcessor2_0",
     processor=HunyuanVideoSparseAttnProcessor,
@@ -193,6 +212,7 @@ HUNYUAN_VIDEO_15 = Family(
     transformers=("HunyuanVideo15Transformer3DModel",),
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     guidance="two calls",
+    text="after the video",
     fps=24,
     stock_processor="HunyuanVideo15AttnProcessor2_0",
     processor=HunyuanVideo15SparseAttnProcessor,

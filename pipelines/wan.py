@@ -1,8 +1,9 @@
-"""Wan 2.1 and 2.2: video-only self-attention in `attn1`, text in a cross-attention of its own."""
+"""Wan 2.1 and 2.2, VACE too: video-only self-attention in `attn1`, text in a cross-attention."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -65,26 +66,54 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
-    """The latent video is (B, C, T, H, W); no text in self-attention."""
+    """The latent video is (B, C, T, H, W); no text in self-attention.
+
+    One host sync where a model can be given frames, none for text-to-video.
+    """
+    config = transformer.config
     latents = given["hidden_states"].shape[2:]
-    return Prepared(VideoGrid(*(n // p for n, p in zip(latents, transformer.config.patch_size))))
+    frames, height, width = (n // p for n, p in zip(latents, config.patch_size))
+    conditions = _given_frames(config, given)
+    leading = 0 if conditions is None else int(conditions.long().cumprod(0).sum())
+    return Prepared(VideoGrid(frames, height, width, conditioning_frames=leading))
+
+
+def _given_frames(config: Any, given: dict[str, Any]) -> Tensor | None:
+    """Latent frames that are conditions as a whole, (T,) bool; patches are one frame deep.
+
+    The last latent frame of first-and-last-frame models is not: it holds four frames of the video,
+    and only one of them is given.
+    """
+    latents, timestep = given["hidden_states"], given["timestep"]
+    if given.get("control_hidden_states") is not None:  # VACE: [kept, repainted, mask of it]
+        control = given["control_hidden_states"][:, latents.shape[1] :]
+        return ~control.any((0, 1, 3, 4))
+    if timestep.ndim == 2:  # TI2V-5B: (B, S), 0 at tokens that are given
+        return ~timestep.unflatten(1, (latents.shape[2], -1)).any((0, 2))
+    channels = config.out_channels or config.in_channels
+    mask = latents[:, channels:-channels]  # image-to-video and Animate: [noisy, mask, condition]
+    return mask.amin((0, 1, 3, 4)) == 1 if mask.shape[1] else None
 
 
 def self_attentions(transformer: Any) -> Iterator[nn.Module]:
-    for block in transformer.blocks:
+    """Those of VACE's control stream, which is as long as the video, come last."""
+    for block in [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]:
         yield block.attn1
 
 
 def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
     """Hooks that put the tokens in block order once a call, and back before the output norm.
 
-    Every per-token input moves alike: embedded patches, RoPE tables and, where timesteps are given
-    per token (Wan 2.2 TI2V-5B), their projection.
+    Every per-token input moves alike: embedded patches, those of VACE's control stream, RoPE
+    tables and, where timesteps are given per token (Wan 2.2 TI2V-5B), their projection.
     """
 
-    def patches(module, args, output: Tensor) -> Tensor:  # (B, C, T, H, W)
+    def patches(module, args, output: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B, C, S)
         order = call.order(output)
-        return output if order is None else output.flatten(2)[..., order[0]].view(output.shape)
+        if order is None:
+            return output
+        tokens = output.flatten(2)  # forward would pad a control stream that is too short itself
+        return F.pad(tokens, (0, call.grid.tokens - tokens.shape[2]))[..., order[0]]
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         order = call.order(output[0])
@@ -101,6 +130,8 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
         return args if order is None else (args[0][:, order[1]], *args[1:])
 
     yield transformer.patch_embedding.register_forward_hook(patches).remove
+    if hasattr(transformer, "vace_patch_embedding"):
+        yield transformer.vace_patch_embedding.register_forward_hook(patches).remove
     yield transformer.rope.register_forward_hook(rope).remove
     yield transformer.condition_embedder.register_forward_hook(timesteps).remove
     yield transformer.norm_out.register_forward_pre_hook(restore).remove
@@ -108,13 +139,21 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
 
 WAN = Family(
     name="Wan",
-    transformers=("WanTransformer3DModel",),
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    pipelines=(
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVideoToVideoPipeline",
+        "WanVACEPipeline",
+        "LucyEditPipeline",
+    ),
     guidance="two calls",
+    text="in a cross-attention",
     fps=16,
     stock_processor="WanAttnProcessor",
     processor=WanSparseAttnProcessor,
     prepare=prepare,
     self_attentions=self_attentions,
     hooks=hooks,
+    tested="`WanPipeline` tiny trained; the rest tiny random",
 )

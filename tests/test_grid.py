@@ -30,6 +30,28 @@ def test_first_frame_stays_in_front(order):
     assert permutation[:35].max() < 35
 
 
+@pytest.mark.parametrize("order", ["tile", "curve"])
+def test_conditioning_frames_stay_in_front_together(order):
+    permutation, _ = token_order(VideoGrid(6, 5, 7, conditioning_frames=2), order)
+    assert permutation[:70].max() < 70
+    one = VideoGrid(6, 5, 7, conditioning_frames=1)
+    assert token_order(one, order)[0].equal(token_order(VideoGrid(6, 5, 7), order)[0])
+
+
+def test_conditioning_span_and_blocks():
+    grid = VideoGrid(4, 8, 8, conditioning_frames=1)
+    assert grid.conditioning_span == (0, 64) and list(grid.conditioning_blocks(64)) == [0]
+    assert grid.forced_share(64) == 1 / 4
+    grid = VideoGrid(4, 8, 8, text_tokens=10, text_first=True, conditioning_frames=2)
+    assert grid.conditioning_span == (10, 138) and list(grid.conditioning_blocks(64)) == [0, 1, 2]
+    assert grid.forced_share(64) == 3 / 5
+    grid = VideoGrid(4, 8, 8, text_tokens=10, conditioning_frames=1)
+    assert grid.conditioning_span == (0, 64) and grid.forced_share(64) == 2 / 5
+    assert VideoGrid(4, 8, 8).forced_share(64) == 0
+    with pytest.raises(ValueError, match="conditioning"):
+        VideoGrid(4, 8, 8, conditioning_frames=5)
+
+
 def test_curve_walks_to_a_neighbour_each_step():
     permutation, _ = token_order(VideoGrid(9, 8, 8), "curve")
     place = coordinates(permutation[64:], 8, 8)

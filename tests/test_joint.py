@@ -2,66 +2,30 @@
 
 import pytest
 import torch
-from diffusers import (
-    CogVideoXTransformer3DModel,
-    HunyuanVideo15Transformer3DModel,
-    HunyuanVideoTransformer3DModel,
-)
+from diffusers import HunyuanVideoFramepackTransformer3DModel
+from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15
 
-from dit_sparse import enable_sparse_attention
+from dit_sparse import (
+    UnsupportedPipelineError,
+    disable_sparse_attention,
+    enable_sparse_attention,
+)
 
 ALL_KEPT = {"density": 0.99, "block_size": 32, "num_steps": 1}  # sparse path, nothing left out
 SPARSE = {"density": 0.4, "block_size": 32, "num_steps": 1}
 
 
-def hunyuan():
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=1,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-    )
-
-
-def hunyuan_call(valid=(12, 12)):
+def hunyuan_call(valid=(12, 12), channels=4):
     batch = len(valid)
     mask = (torch.arange(20) < torch.tensor(valid)[:, None]).long()
     return {
-        "hidden_states": torch.randn(batch, 4, 4, 6, 7),
+        "hidden_states": torch.randn(batch, channels, 4, 6, 7),
         "timestep": torch.full((batch,), 500),
         "encoder_hidden_states": torch.randn(batch, 20, 16),
         "encoder_attention_mask": mask,
         "pooled_projections": torch.randn(batch, 8),
         "guidance": torch.full((batch,), 6000.0),
     }
-
-
-def hunyuan_15():
-    return HunyuanVideo15Transformer3DModel(
-        in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_refiner_layers=1,
-        patch_size=1,
-        patch_size_t=1,
-        text_embed_dim=16,
-        text_embed_2_dim=8,
-        image_embed_dim=12,
-        rope_axes_dim=(4, 6, 6),
-        target_size=16,
-        task_type="t2v",
-    )
 
 
 def hunyuan_15_call(valid=(12, 12), valid_2=(3, 3), image=False):
@@ -77,45 +41,26 @@ def hunyuan_15_call(valid=(12, 12), valid_2=(3, 3), image=False):
     }
 
 
-def cogvideox(**options):
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=14,
-        sample_height=12,
-        sample_frames=13,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=16,
-        use_rotary_positional_embeddings=True,
-        **options,
-    )
-
-
-def cogvideox_call(frames=4, grid_frames=4):
+def cogvideox_call(frames=4, grid_frames=4, channels=4):
     tokens = grid_frames * 6 * 7
-    angle = torch.rand(tokens, 8).repeat_interleave(2, 1)
+    angle = torch.rand(tokens, 32).repeat_interleave(2, 1)
     return {
-        "hidden_states": torch.randn(2, frames, 4, 12, 14),
+        "hidden_states": torch.randn(2, frames, channels, 12, 14),
         "encoder_hidden_states": torch.randn(2, 16, 32),
         "timestep": torch.full((2,), 500),
         "image_rotary_emb": (angle.cos(), angle.sin()),
     }
 
 
-def cogvideox_15():
-    return cogvideox(patch_size_t=2, patch_bias=False)
-
-
 CASES = {
     "hunyuan": (hunyuan, hunyuan_call),
     "hunyuan, unequal texts": (hunyuan, lambda: hunyuan_call((12, 5))),
     "hunyuan, full text": (hunyuan, lambda: hunyuan_call((20, 20))),
+    "hunyuan, image concatenated": (
+        lambda: hunyuan(**CONCATENATED),
+        lambda: hunyuan_call((12, 5), channels=9),
+    ),
+    "hunyuan, first frame replaced": (lambda: hunyuan(**REPLACED), hunyuan_call),
     "hunyuan 1.5": (hunyuan_15, hunyuan_15_call),
     "hunyuan 1.5, unequal": (hunyuan_15, lambda: hunyuan_15_call((12, 7), (0, 3))),
     "hunyuan 1.5, image": (hunyuan_15, lambda: hunyuan_15_call(image=True)),
@@ -132,9 +77,11 @@ def case(request):
 
 
 @torch.no_grad()
-def run(transformer, call):
-    with transformer.cache_context("cond"):
-        output = transformer(**call, return_dict=False)[0]
+def run(transformer, call, steps=1):
+    for step in range(steps):
+        with transformer.cache_context("cond"):
+            call = call | {"timestep": call["timestep"] - step}
+            output = transformer(**call, return_dict=False)[0]
     transformer._reset_stateful_cache()
     return output
 
@@ -195,12 +142,138 @@ def test_padding_does_not_reach_the_video():
     assert (run(transformer, call) - first).abs().max() < 1e-5
 
 
-def test_cogvideox_fused_projections_keep_their_sparsity_or_say_so(caplog):
-    torch.manual_seed(0)
-    transformer, call = cogvideox().eval(), cogvideox_call()
-    transformer.fuse_qkv_projections()
-    stock = run(transformer, call)
+@pytest.mark.parametrize("make", [hunyuan, hunyuan_15])
+def test_unequal_texts_get_what_each_gets_alone(make):
+    """Sparse, with a mask of its own for each sample."""
+    transformer = make()
+    call = hunyuan_call((12, 5)) if make is hunyuan else hunyuan_15_call((9, 4), (3, 1))
+    single = {name: [value[i : i + 1] for i in range(2)] for name, value in call.items()}
+    handle = enable_sparse_attention(transformer, search_at=(0.0, 0.5), **SPARSE | {"num_steps": 2})
+    both = run(transformer, call, steps=2)
+    assert handle.report().density < 0.9
+    for i in range(2):
+        alone = run(transformer, {name: parts[i] for name, parts in single.items()}, steps=2)
+        assert (both[i] - alone[0]).abs().max() < 1e-5
+
+
+def test_text_of_a_bfloat16_mask_is_counted_exactly():
+    """Image-to-video gives over 256 tokens and a mask in the dtype of the model."""
+    transformer, call = hunyuan(), hunyuan_call((12,))
+    call["encoder_hidden_states"] = torch.randn(1, 300, 16)
+    call["encoder_attention_mask"] = (torch.arange(300) < 259).to(torch.bfloat16)[None]
     handle = enable_sparse_attention(transformer, density=1.0, num_steps=1)
-    assert run(transformer, call).equal(stock)
-    handle.disable()
+    run(transformer, call)
+    assert handle._installed[0].state.call.grid.text_tokens == 259
+
+
+@pytest.mark.parametrize("valid_2", [(3, 3), (0, 0)])
+def test_no_prompt_at_all_in_hunyuan_15(valid_2):
+    transformer, call = hunyuan_15(), hunyuan_15_call((0, 0), valid_2)
+    stock = run(transformer, call)
+    enable_sparse_attention(transformer, density=1.0, num_steps=1)
+    assert (run(transformer, call) - stock).abs().max() < 1e-5
+
+
+class TestFusedProjections:
+    """CogVideoX sets other processors when it fuses; a twin without us shows what must come out."""
+
+    @pytest.fixture
+    def twins(self):
+        ours, stock = cogvideox(), cogvideox()
+        stock.load_state_dict(ours.state_dict())
+        return ours, stock, cogvideox_call()
+
+    def check_same(self, twins):
+        """Bit-equal at density 1, through our processors."""
+        ours, stock, call = twins
+        expected = run(stock, call)
+        handle = enable_sparse_attention(ours, density=1.0, num_steps=1)
+        assert run(ours, call).equal(expected) and handle.report().dense_calls == 2
+        assert all("CogVideoX" not in note for note in handle.report().notes)
+
+    def check_undone(self, twins):
+        ours, stock, call = twins
+        processors = [[type(p) for p in t.attn_processors.values()] for t in (ours, stock)]
+        assert processors[0] == processors[1]
+        assert run(ours, call).equal(run(stock, call))
+
+    def test_fused_before_enabling_and_unfused_after(self, twins):
+        ours, stock, call = twins
+        for transformer in (ours, stock):
+            transformer.fuse_qkv_projections()
+        self.check_same(twins)
+        disable_sparse_attention(ours)
+        self.check_undone(twins)
+        enable_sparse_attention(ours, **SPARSE)
+        for transformer in (ours, stock):
+            transformer.unfuse_qkv_projections()
+        self.check_same(twins)
+
+    @pytest.mark.parametrize("then_unfuse", [False, True])
+    def test_fused_after_enabling(self, twins, then_unfuse):
+        ours, stock, call = twins
+        handle = enable_sparse_attention(ours, "random", search_at=0.0, **SPARSE)
+        sparse = run(ours, call)
+        for transformer in (ours, stock):
+            transformer.fuse_qkv_projections()
+            if then_unfuse:
+                transformer.unfuse_qkv_projections()
+                for block in transformer.transformer_blocks:  # as loading a LoRA would
+                    torch.nn.init.eye_(block.attn1.to_v.weight)
+        again = run(ours, call)
+        assert handle.report().density < 0.95
+        assert then_unfuse or (again - sparse).abs().max() < 1e-5
+        self.check_same(twins)
+
+    @pytest.mark.parametrize("then_unfuse", [False, True])
+    def test_disabled_after_fusing_it_is_as_if_never_enabled(self, twins, then_unfuse):
+        ours, stock, call = twins
+        handle = enable_sparse_attention(ours, **SPARSE)
+        for transformer in (ours, stock):
+            transformer.fuse_qkv_projections()
+        handle.disable()
+        for transformer in (ours, stock) if then_unfuse else ():
+            transformer.unfuse_qkv_projections()
+        self.check_undone(twins)
+
+    def test_a_failing_fuse_leaves_ours_on(self, twins, monkeypatch):
+        ours, _, call = twins
+        monkeypatch.setattr(type(ours), "set_attn_processor", lambda *args: 1 / 0)
+        handle = enable_sparse_attention(ours, density=1.0, num_steps=1)
+        with pytest.raises(ZeroDivisionError):
+            ours.fuse_qkv_projections()
+        run(ours, call)
+        assert handle.report().dense_calls == 2
+
+
+def framepack():
+    return HunyuanVideoFramepackTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 2, 4),
+    )
+
+
+def test_framepack_is_refused_with_the_reason():
+    class Derived(HunyuanVideoFramepackTransformer3DModel):
+        pass
+
+    transformer = framepack()
+    with pytest.raises(UnsupportedPipelineError, match="earlier frames, shrunk to three sizes"):
+        enable_sparse_attention(transformer)
+    transformer.__class__ = Derived
+    with pytest.raises(UnsupportedPipelineError, match="Derived .* does not attend over one grid"):
+        enable_sparse_attention(transformer)
+
+
+def test_a_class_derived_from_a_family_belongs_to_it():
+    transformer, call = hunyuan(), hunyuan_call()
+    stock = run(transformer, call)
+    transformer.__class__ = type("Finetuned", (type(transformer),), {})
+    enable_sparse_attention(transformer, density=1.0, num_steps=1, keep_padding=True)
     assert run(transformer, call).equal(stock)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory) -> Path:
     # Built from a copy: setuptools leaves build/ and an egg-info where it works.
     source = tmp_path_factory.mktemp("source") / "tree"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "demo", "benchmarks")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "demo", "benchmarks")
     shutil.copytree(ROOT, source, ignore=ignored)
     out = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)

@@ -1,12 +1,20 @@
 """Selectors and methods against slow loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dit_sparse import AdaSpa, RandomBlocks, VideoGrid, Window
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.search import Search
-from dit_sparse.patterns.select import forced_blocks, kept_share, top_k_rows
+from dit_sparse.patterns.select import (
+    forced_blocks,
+    kept_share,
+    quota_rows,
+    segments_of,
+    top_k_rows,
+)
 
 
 def make_search(grid, heads=4, batch=2):
@@ -28,6 +36,42 @@ def test_top_k_rows_equals_a_double_loop():
                 assert set(mask[b, h, row].nonzero().flatten().tolist()) == expected
 
 
+@pytest.mark.parametrize("text_first", [False, True])
+def test_quota_rows_equals_a_double_loop(text_first):
+    grid = VideoGrid(5, 8, 8, text_tokens=70, text_first=text_first, conditioning_frames=1)
+    segments = segments_of(grid, 64, torch.device("cpu"))
+    assert segments.tolist() == ([0, 0, 1, 2, 2, 2, 2] if text_first else [1, 2, 2, 2, 2, 0, 0])
+    scores, forced = torch.rand(2, 3, 7, 7), torch.eye(7, dtype=torch.bool)
+    kept = torch.randint(0, 4, (2, 3, 3))
+    mask = quota_rows(scores, kept, segments, forced)
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, scores.shape[:3])).tolist():
+        expected = {row}
+        for segment in range(3):
+            blocks = [j for j in range(7) if segments[j] == segment]
+            blocks.sort(key=lambda j: (j != row, -scores[b, h, row, j]))
+            expected.update(blocks[: kept[b, h, segment]])
+        assert set(mask[b, h, row].nonzero().flatten().tolist()) == expected
+
+
+def test_blocks_in_two_segments_count_to_the_first():
+    """The kernel has no block that ends inside the sequence: one may hold video and text."""
+    after = VideoGrid(3, 5, 7, text_tokens=10, conditioning_frames=1)  # 35, 70 and 10 tokens
+    assert segments_of(after, 32, torch.device("cpu")).tolist() == [1, 1, 2, 0]
+    before = VideoGrid(3, 5, 7, text_tokens=10, text_first=True, conditioning_frames=1)
+    assert segments_of(before, 32, torch.device("cpu")).tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("method", [AdaSpa, Window])
+def test_a_batch_of_both_branches_gives_the_masks_of_two_calls(method):
+    search = make_search(VideoGrid(5, 8, 16, text_tokens=20), batch=2)
+    config = method(density=0.3)
+    both = config.find(search).mask
+    for i in range(2):
+        query, key, lse = (x[i : i + 1] for x in (search.query, search.key, search.lse))
+        alone = config.find(replace(search, query=query, key=key, lse=lse)).mask
+        assert alone[0].equal(both[i if len(both) > 1 else 0])
+
+
 def test_forced_blocks_are_own_and_text():
     forced = forced_blocks(VideoGrid(2, 8, 8, text_tokens=10), 64, torch.device("cpu"))
     assert forced.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
@@ -46,6 +90,15 @@ def test_text_attends_and_is_attended(method):
     grid = VideoGrid(5, 16, 16, text_tokens=30, text_first=True)
     mask = method(density=0.2).find(make_search(grid)).mask
     assert mask[..., 0].all() and mask[..., 0, :].all()
+
+
+@pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])
+def test_conditioning_frames_attend_and_are_attended_within_the_budget(method):
+    options = {"density": 0.5} | ({"head_adaptive": False} if method is AdaSpa else {})
+    search = make_search(VideoGrid(8, 8, 16, conditioning_frames=2))
+    mask = method(**options).find(search).mask
+    assert mask[..., :4].all() and mask[..., :4, :].all()
+    assert (mask[..., 4:, :].sum(-1) == 8).all()  # half of 16 blocks, 4 of them forced
 
 
 def test_adaspa_uniform_keeps_the_heaviest_blocks_of_every_row():

@@ -11,7 +11,8 @@ Where the paper is silent or wrong:
   levels would overlap.
 - Above density 2/3 the top level would pass 1: every head keeps the same density there.
 - Recall is normalised by the row sum of W, since a stale LSE changes that sum.
-- Text and own blocks count towards a row's budget; rows of text blocks keep everything.
+- Text and own blocks count towards a row's budget; rows of text blocks keep everything. An image
+  to start from and reference frames are treated like text.
 - A block that mixes text and video counts as text.
 - Masks and LSE are kept per CFG branch and per sample; nothing is shared between them.
 - Step indices are 0-based: with (0.2, 0.6) of 50 steps the searches are at steps 10 and 30, and

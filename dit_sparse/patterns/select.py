@@ -26,12 +26,48 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
     return mask | forced
 
 
+def quota_rows(scores: Tensor, kept: Tensor, segments: Tensor, forced: Tensor) -> Tensor:
+    """The best blocks of every row, chosen in each segment of the keys for itself.
+
+    Args:
+        scores: (B, H, N, N), higher is better.
+        kept: (B, H, number of segments) int64, blocks kept in each row; a segment that has fewer
+            keeps them all.
+        segments: (N,) int64, the segment of each key block, such as `segments_of` gives.
+        forced: (N, N) bool, blocks kept whatever their score; they count in their segment.
+
+    Returns:
+        (B, H, N, N) bool.
+    """
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for segment in range(kept.shape[-1]):
+        blocks = (segments == segment).nonzero().flatten()
+        quota = kept[..., segment].clamp(max=len(blocks))
+        mask[..., blocks] = top_k_rows(scores[..., blocks], quota, forced[:, blocks])
+    return mask
+
+
+def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
+    """Segment of each block, (N,) int64: 0 text, 1 conditioning frames, 2 generated frames.
+
+    A block that lies in two segments counts to the first of them.
+    """
+    segments = torch.full((grid.num_blocks(block_size),), 2, device=device)
+    conditioning, text = grid.conditioning_blocks(block_size), grid.text_blocks(block_size)
+    segments[conditioning.start : conditioning.stop] = 1
+    segments[text.start : text.stop] = 0
+    return segments
+
+
 def forced_blocks(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
-    """Blocks that are always kept, (N, N) bool: a row's own block, and all that touch text."""
+    """Blocks that are always kept, (N, N) bool.
+
+    A row's own block, and all that touch text or a conditioning frame.
+    """
     forced = torch.eye(grid.num_blocks(block_size), dtype=torch.bool, device=device)
-    text = grid.text_blocks(block_size)
-    forced[:, text.start : text.stop] = True
-    forced[text.start : text.stop, :] = True
+    for blocks in (grid.text_blocks(block_size), grid.conditioning_blocks(block_size)):
+        forced[:, blocks.start : blocks.stop] = True
+        forced[blocks.start : blocks.stop, :] = True
     return forced
 
 
