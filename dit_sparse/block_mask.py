@@ -1,6 +1,7 @@
 """Which key blocks each query block reads."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,21 +86,49 @@ class BlockMask:
         kept.scatter_(-1, slot, block.expand_as(dense))
         return counts, kept[..., : self.max_blocks].contiguous()
 
-    def to_flex(self):
-        """The same mask for torch's FlexAttention (full-width int32 indices)."""
+    def to_flex(self, kv_len: Tensor | None = None):
+        """The same mask for torch's FlexAttention (full-width int32 indices).
+
+        Args:
+            kv_len: (B,) valid keys of each sample, which it then checks in every block.
+        """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         dense = self.to_dense()
         counts = dense.sum(-1, dtype=torch.int32)
         order = dense.int().argsort(dim=-1, descending=True, stable=True).int()
+        batch, heads = dense.shape[:2]
+
+        def attends(b, h, q, k):  # read by uncompiled runs, and where kv_len cuts blocks
+            block = dense[
+                b if batch > 1 else 0,
+                h if heads > 1 else 0,
+                q // self.block_size[0],
+                k // self.block_size[1],
+            ]
+            return block if kv_len is None else block & (k < kv_len[b])
+
+        kept, none = (counts, order), (torch.zeros_like(counts), torch.zeros_like(order))
         return FlexBlockMask.from_kv_blocks(
-            torch.zeros_like(counts),
-            torch.zeros_like(order),
-            counts,
-            order,
+            *(none if kv_len is None else kept),
+            *(kept if kv_len is None else none),
             BLOCK_SIZE=self.block_size,
+            mask_mod=attends,
             seq_lengths=(self.q_len, self.kv_len),
+            compute_q_blocks=False,
         )
+
+    def to_fa4(self) -> dict[str, Any]:
+        """Fields of flash-attn-4's `BlockSparseTensorsTorch`: every kept block is a full one."""
+        counts, indices = self.indices()
+        indices = indices.int()
+        return {
+            "mask_block_cnt": torch.zeros_like(counts),
+            "mask_block_idx": indices,
+            "full_block_cnt": counts,
+            "full_block_idx": indices,
+            "block_size": self.block_size,
+        }
 
     def nbytes(self) -> int:
         return self.bits.numel()

@@ -8,7 +8,7 @@ from .grid import TOKEN_ORDERS
 if TYPE_CHECKING:
     from .patterns.search import Found, Search
 
-ENGINES = ("auto", "triton", "torch")
+ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
 DEFAULT_ORDER = "curve"
 
@@ -23,7 +23,7 @@ class SparseConfig:
             first are dense (warm-up), and each mask is kept until the next search.
         order: token order, "curve", "tile" or "raster".
         block_size: tokens in a query block and in a key block.
-        engine: "auto", "triton" or "torch".
+        engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
     """
 
     density: float = 0.2

@@ -106,9 +106,9 @@ class LayerAttention:
             mass = sampled_kept_mass(query, key, kept.mask, self.state.call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
-        engine = choose_engine(self.config.engine, query, kept.mask)
-        self.state.engines.add(engine)
         kv_len = self.state.call.kv_len
+        engine = choose_engine(self.config.engine, query, kept.mask, kv_len)
+        self.state.engines.add(engine)
         return sparse_attention(query, key, value, kept.mask, kv_len=kv_len, engine=engine)
 
     def _log(

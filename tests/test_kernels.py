@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
 
-from dit_sparse import BlockMask, attention, reference  # noqa: E402
+from dit_sparse import BlockMask, reference  # noqa: E402
+from dit_sparse.engines import triton_engine  # noqa: E402
 from dit_sparse.kernels import dot  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
@@ -64,7 +65,7 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     mask[..., 3] = mask[..., 0, 0] = True
     packed = BlockMask.from_dense(mask, 100, 100, (32, 32))
     arguments = {"kv_len": torch.tensor([40, 0, 98]), "scale": None}
-    output, lse = attention._triton(query, key, value, packed, **arguments)
+    output, lse = triton_engine.attend(query, key, value, packed, **arguments)
     expected, expected_lse = reference.sparse_attention(query, key, value, packed, **arguments)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)

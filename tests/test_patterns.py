@@ -153,7 +153,7 @@ def test_window_keeps_the_nearest_blocks():
         ({"density": "0.2"}, "got '0.2'"),
         ({"order": "hilbert"}, "raster, tile, curve"),
         ({"block_size": 48}, "32, 64, 128"),
-        ({"engine": "cuda"}, "auto, triton, torch"),
+        ({"engine": "cuda"}, "auto, triton, fa4, flex, torch"),
         ({"search_at": (0.6, 0.2)}, "increasing"),
         ({"search_at": ()}, "increasing"),
         ({"search_at": (1.0,)}, "in \\[0, 1\\)"),
