@@ -32,6 +32,16 @@ def test_indices_list_the_kept_blocks_in_order():
         assert indices[tuple(row)][: counts[tuple(row)]].tolist() == kept.tolist()
 
 
+def test_the_longest_rows_of_the_fullest_head_start_first():
+    mask = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
+    mask[0, 0, :, 0] = True
+    mask[0, 1, 0, :2] = mask[0, 1, 1, :4] = mask[0, 1, 2, :3] = True
+    packed = BlockMask.from_dense(mask, 192, 256)
+    before = packed.nbytes()
+    assert packed.work_order.tolist() == [4, 5, 3, 0, 1, 2]
+    assert packed.nbytes() == before + 4 * 6
+
+
 def test_density_counts_valid_tokens_only():
     mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     mask[0, 0, 0, 0] = mask[0, 0, 1, 1] = True

@@ -26,6 +26,7 @@ def attend(
     from ..kernels.block_sparse_fwd import block_sparse_fwd
 
     counts, indices = block_mask.indices()
+    own_lists = block_mask.bits.shape[:2] == (query.shape[0], query.shape[2])
     return block_sparse_fwd(
         query,
         key,
@@ -35,4 +36,5 @@ def attend(
         block_size=block_mask.block_size,
         scale=scale,
         kv_len=None if kv_len is None else kv_len.to(query.device, torch.int32),
+        order=block_mask.work_order if own_lists else None,
     )

@@ -7,7 +7,7 @@ import torch
 
 from ..config import SparseConfig
 from .search import Found, Search
-from .select import blocks_of, forced_blocks, top_k_rows
+from .select import blocks_of, forced_blocks, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,5 @@ class RandomBlocks(SparseConfig):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + search.layer)
         scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
         kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
-        return Found(top_k_rows(scores, kept, forced_blocks(search.grid, self.block_size, device)))
+        forced = forced_blocks(search.grid, self.block_size, device)
+        return Found(top_k_rows(scores, kept, forced, most_blocks(self.density, blocks)))

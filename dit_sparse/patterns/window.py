@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import SparseConfig
 from ..grid import VideoGrid, token_order
 from .search import Found, Search
-from .select import blocks_of, forced_blocks, top_k_rows
+from .select import blocks_of, forced_blocks, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Window(SparseConfig):
         centres[:, 0] *= self.time_scale
         scores = -torch.cdist(centres, centres)[None, None]
         kept = blocks_of(torch.full((1, 1), self.density, device=device), len(centres))
-        return Found(top_k_rows(scores, kept, forced_blocks(search.grid, self.block_size, device)))
+        forced = forced_blocks(search.grid, self.block_size, device)
+        return Found(top_k_rows(scores, kept, forced, most_blocks(self.density, len(centres))))
 
 
 def _centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
