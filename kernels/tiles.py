@@ -41,6 +41,7 @@ class Tile(NamedTuple):
         return None
 
 
+FAMILIES = {80: "ampere", 86: "ada", 89: "ada", 90: "hopper", 100: "blackwell"}
 # IEEE float32 runs on the ordinary cores and holds whole operands in registers.
 FLOAT32 = {
     16: [Tile(32, 32, 8, 2)],
@@ -95,9 +96,7 @@ def family(device: torch.device) -> str:
     if dot.INTERPRETING or torch.version.hip or device.type != "cuda":
         return "hopper" if dot.has_fast_descriptors(device) else "other"
     major, minor = torch.cuda.get_device_capability(device)
-    return {80: "ampere", 86: "ada", 89: "ada", 90: "hopper", 100: "blackwell"}.get(
-        major * 10 + minor, "other"
-    )
+    return FAMILIES.get(major * 10 + minor, "other")
 
 
 def rows_of(table: dict, device: torch.device, path: str) -> dict[int, list[Tile]]:

@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse.kernels import dot, tiles  # noqa: E402
+from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
@@ -47,7 +48,7 @@ class Driver:
 
 def launches(everything: bool):
     """(name, call) of each configuration; the ones users meet first unless `everything`."""
-    head_dims = (32, 64, 128, 256) if everything else (128,)
+    head_dims = (16, 32, 64, 96, 128, 256) if everything else (128,)
     dtypes = (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,)
     sizes = ((128, 128), (128, 64), (64, 64), (32, 32)) if everything else ((128, 128), (64, 64))
     for head_dim in head_dims:
@@ -62,7 +63,7 @@ def launches(everything: bool):
                 yield (
                     f"fwd {name}",
                     lambda x=x, c=counts, i=indices, s=size: block_sparse_fwd(
-                        x, x, x, c, i, block_size=s
+                        x, x, x, c, i, block_size=s, order=c.flatten()
                     ),
                 )
                 yield (
@@ -70,11 +71,12 @@ def launches(everything: bool):
                     lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
+    yield "lists", lambda: block_lists(torch.zeros(1, 2, 4, 8, dtype=torch.uint8), 60, 60)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", help="sm_80, sm_90, sm_100 or gfx942")
+    parser.add_argument("target", help="such as sm_80, sm_90 or gfx942")
     parser.add_argument("--all", action="store_true", help="float32 and all head dims and blocks")
     arguments = parser.parse_args()
 
@@ -85,6 +87,7 @@ def main() -> None:
     driver.set_active(Driver(target))
     dot.check_device = lambda name, x: None
     dot.has_fast_descriptors = lambda device: target.arch in (90, 100)
+    tiles.family = lambda device: tiles.FAMILIES.get(target.arch, "other")
 
     compiled = []
     run = JITFunction.run
