@@ -1,6 +1,6 @@
 """What the kernels must compute: inputs, a slow float64 oracle, and the tolerance rule.
 
-Used by the tests and by `benchmarks/kernel_check.py`, so it needs torch and triton only. The
+Used by the tests and by `benchmarks/kernels.py`, so it needs torch and triton only. The
 oracle expands the block lists to a mask over tokens and knows nothing of the kernels.
 """
 
