@@ -1,5 +1,6 @@
 """What every method shares: how dense, in which blocks, and at which steps it looks again."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -95,7 +96,7 @@ class SparseConfig:
         device = search.query.device
         return forced_blocks(search.grid, self.block_size, device, self.own_block)
 
-    def cache_bytes(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query."""
         batch, tokens, heads, _ = shape
         blocks = -(-tokens // self.block_size)

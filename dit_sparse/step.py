@@ -74,7 +74,7 @@ class LayerAttention:
         """At the first call of each branch: how much will be kept, and refuse too much."""
         if self.config.density == 1 or self.layer > 0:
             return
-        per_branch = self.config.cache_bytes(tuple(query.shape), query.element_size())
+        per_branch = self.config.cache_bytes(query.shape, query.element_size())
         layers = max(self.state.layers - self.config.dense_layers, 0)
         planned, limit = per_branch * layers * len(self.state.last), self.config.max_cache_bytes
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
@@ -107,7 +107,7 @@ class LayerAttention:
         size = (config.block_size, config.block_size)
         mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
         kept = Kept(mask, lse if config.uses_lse else None, found.kept_mass, call.step)
-        if output is None:
+        if output is None or lse is None:
             self.state.keep(self.layer, kept)
             return self._sparse("search", query, key, value, kept, found.cost)
         cost = found.cost

@@ -18,6 +18,7 @@ Departures, and where the paper is silent:
 - `pool` above 1 keeps the mean of R over so many tokens: 1 / pool of the memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,7 +85,7 @@ class Rettention(SparseConfig):
     def corrected(self, sparse: Tensor, correction: Correction, age: int) -> Tensor:
         return apply_correction(sparse, correction, self.ramp * max(age - 1, 0), self.clamp)
 
-    def cache_bytes(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         batch, tokens, heads, dim = shape
         blocks = -(-tokens // self.block_size)
         residual = batch * heads * dim * -(-tokens // self.pool) * itemsize
