@@ -58,7 +58,7 @@ class SparseVDiT(SparseConfig):
         if not self.table:
             raise ValueError(
                 "sparse-vdit needs table=FILE, the modes of each head: make one for your model with"
-                " `dit-sparse calibrate`; that of the boxed pipeline is sparse_vdit.json in it"
+                " `dit-sparse calibrate`"
             )
         table = self.load()
         for name in ("density", "order", "block_size"):
