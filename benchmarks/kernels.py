@@ -66,9 +66,10 @@ SHAPES = [
 SIZES = ((128, 128), (64, 64))
 DENSITIES = (0.5, 0.2, 0.1)
 KINDS = ("random", "real", "uneven")
-# (rows, columns, warps, stages) to try with --sweep, by head dim and block
+# (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
 CANDIDATES = {
     (128, 128): [
+        (128, 128, 8, 2, True),
         (128, 64, 4, 2),
         (128, 64, 4, 3),
         (128, 128, 8, 2),
@@ -78,8 +79,17 @@ CANDIDATES = {
         (64, 128, 4, 2),
         (64, 64, 4, 3),
     ],
-    (128, 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (64, 32, 4, 5)],
+    (128, 64): [
+        (64, 64, 4, 2, True),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 32, 4, 4),
+        (64, 32, 4, 5),
+    ],
     (64, 128): [
+        (128, 128, 8, 2, True),
+        (64, 128, 4, 2, True),
         (128, 64, 4, 2),
         (128, 64, 4, 3),
         (128, 64, 4, 4),
@@ -87,7 +97,13 @@ CANDIDATES = {
         (128, 128, 8, 2),
         (128, 128, 8, 3),
     ],
-    (64, 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4)],
+    (64, 64): [
+        (64, 64, 4, 2, True),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 32, 4, 4),
+    ],
 }
 
 
@@ -231,8 +247,19 @@ def kernel_calls(
     yield "triton", ours
     yield "triton unordered", lambda: ours(order=None)
     if sweep:
+        expected = ours()[0]
         for tile in CANDIDATES.get((q.shape[-1], size[0]), []):
-            yield f"triton {tile}", lambda tile=tile: ours(tile=Tile(*tile))
+            try:
+                error = (ours(tile=Tile(*tile))[0] - expected).abs().max().item()
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {str(failure)[:200]}"
+            if not isinstance(error, float) or not error < 2e-2:
+                print(f"triton {tile} is wrong: {error}", flush=True)
+                continue
+            yield (
+                f"triton {tile}".replace(", True", ", gluon"),
+                lambda tile=tile: ours(tile=Tile(*tile)),
+            )
     if why_not("fa4", problem(q, size)) is None:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
         from flash_attn.cute.interface import flash_attn_func
@@ -366,9 +393,24 @@ def check_cases() -> None:
     print(f"{len(CASES)} cases within the rule, {time.perf_counter() - started:.0f} s", flush=True)
 
 
+def check_gluon() -> None:
+    """The cases that the Gluon kernel serves. Run it alone under `timeout`: a barrier may hang."""
+    from kernel_cases import CASES, check_attention, gluon_tile
+
+    for case in CASES:
+        if gluon_tile(case):
+            errors = check_attention(case, "cuda", gluon_tile(case))
+            print(f"gluon {case.name}: {errors}", flush=True)
+
+
 def main() -> None:
     add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
-    add("--out", type=Path, required=True, help="JSON file, continued where it exists")
+    add(
+        "--out",
+        type=Path,
+        default=Path("kernels.json"),
+        help="JSON file, continued where it exists",
+    )
     add("--seconds", type=float, default=540, help="no measurement begins later")
     add("--shape", action="append", choices=[shape.name for shape in SHAPES])
     add("--mask", action="append", choices=KINDS)
@@ -377,6 +419,7 @@ def main() -> None:
     add("--sweep", action="store_true", help="time candidate tiles too")
     add("--skip-cases", action="store_true", help="do not run the correctness cases again")
     add("--skip-search", action="store_true", help="attention only")
+    add("--gluon-cases", action="store_true", help="check the Gluon kernel and stop")
     add("--fa4", type=Path, help="folder that pip --target filled with flash-attn-4")
     add("--commit", help="commit to record where there is no git")
     options = parser.parse_args()
@@ -390,6 +433,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this needs a GPU; without one run: pytest tests/test_kernels.py")
 
+    if options.gluon_cases:
+        return check_gluon()
     import triton
 
     fa4 = ENGINES["fa4"].missing("cuda") or "ready"

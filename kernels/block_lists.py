@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dot import check_device
+from . import dot
 
 CHUNK = 1024  # blocks at once
 
@@ -52,7 +52,7 @@ def block_lists(
     Returns:
         Counts `(B, H, Nq)` int32 and indices `(B, H, Nq, width)`.
     """
-    check_device("bits", bits)
+    dot.check_device("bits", bits)
     bits = bits.contiguous()
     counts = torch.empty(bits.shape[:3], dtype=torch.int32, device=bits.device)
     indices = torch.empty((*bits.shape[:3], width), dtype=dtype, device=bits.device)

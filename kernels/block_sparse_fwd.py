@@ -289,6 +289,12 @@ def block_sparse_fwd(
     descriptors = path == "descriptor"
 
     def run(tile: Tile) -> None:
+        if tile.gluon:
+            from .hopper_fwd import hopper_fwd
+
+            lists = kv_num_blocks, kv_indices
+            options = {"block_size": block_size, "scale": scale, "order": order, "tile": tile}
+            return hopper_fwd(query, key, value, *lists, out, lse, **options)
         rows, columns = tile.rows, tile.columns
         block_sparse_fwd_kernel[(q_blocks * (block_q // rows) * heads * batch,)](
             q=describe(query, rows) if descriptors else query,
@@ -322,7 +328,10 @@ def block_sparse_fwd(
         )
 
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
-    tile = tile_for(FORWARD, device, path, dim, block_size) if tile is None else tile
+    if tile is None:
+        # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
+        gluon = descriptors and kv_len is None and head_dim in (64, 128)
+        tile = tile_for(FORWARD, device, path, dim, block_size, gluon)
     with torch.cuda.device_of(query):
         launch(key_of, tile.within(block_size), run)
     return out, lse

@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
+    gluon: bool = False  # hopper_fwd instead of Triton; one whole kv block a tile
 
     def within(self, block_size: tuple[int, int]) -> "Tile":
         rows, columns = min(self.rows, block_size[0]), min(self.columns, block_size[1])
@@ -32,6 +33,8 @@ class Tile(NamedTuple):
 
     def smaller(self) -> "Tile | None":
         """The next tile to try where this one needs more than the GPU has."""
+        if self.gluon:
+            return self._replace(gluon=False)
         if self.num_stages > 1:
             return self._replace(num_stages=self.num_stages - 1)
         if self.columns > 16:
@@ -106,12 +109,24 @@ def rows_of(table: dict, device: torch.device, path: str) -> dict[int, list[Tile
 
 
 def tile_for(
-    table: dict, device: torch.device, path: str, head_dim: int, block_size: tuple[int, int]
+    table: dict,
+    device: torch.device,
+    path: str,
+    head_dim: int,
+    block_size: tuple[int, int],
+    gluon: bool = False,
 ) -> Tile:
-    """The tile of the table for tensors of this padded head dim in blocks of `block_size`."""
-    tiles = rows_of(table, device, path)[head_dim]
-    fitting = [tile for tile in tiles if tile.rows <= block_size[0]]
-    return (fitting or tiles[-1:])[0].within(block_size)
+    """The tile of the table for tensors of this padded head dim in blocks of `block_size`.
+
+    Args:
+        gluon: whether tiles for the Gluon kernel may be taken.
+    """
+    tiles = [tile for tile in rows_of(table, device, path)[head_dim] if gluon or not tile.gluon]
+    for tile in tiles:
+        whole = tile.columns == block_size[1] or not tile.gluon
+        if tile.rows <= block_size[0] and whole:
+            return tile.within(block_size)
+    return tiles[-1].within(block_size)
 
 
 def launch(key: tuple, tile: Tile, run: Callable[[Tile], None]) -> None:

@@ -19,6 +19,7 @@ from kernel_cases import (  # noqa: E402
     check_mass,
     check_pool,
     draw,
+    gluon_tile,
     to_lists,
 )
 from triton.runtime.errors import OutOfResources  # noqa: E402
@@ -42,6 +43,9 @@ SHARED_MEMORY = {  # bytes that one program may have
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
+
+
+NOT_HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
 
 
 def by_name(*names):
@@ -258,6 +262,20 @@ def test_kernels_compile_for_hopper_with_wgmma_and_tma():
         assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
         if kernel["kernel"].startswith(("fwd", "mass")):
             assert kernel["wgmma"] > 0 and kernel["tma"] > 0, kernel
+
+
+def test_the_gluon_kernel_compiles_for_hopper_and_its_products_overlap():
+    for kernel in compile_for("sm_90", "--gluon"):
+        assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
+        assert kernel["wgmma"] > 0 and kernel["tma"] > 0 and not kernel["serialized"], kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", filter(gluon_tile, CASES), ids=lambda case: case.name)
+def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
+    if NOT_HOPPER:
+        pytest.skip("needs Hopper")
+    check_attention(case, DEVICE, gluon_tile(case))
 
 
 @pytest.mark.parametrize("target", ["sm_86", "gfx942"])
