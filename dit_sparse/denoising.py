@@ -33,10 +33,13 @@ class Denoising:
         """Step (0-based), steps in all and branch of the call that is about to run."""
         told = self._told_step()
         current = getattr(self._pipe(), "_current_timestep", None)
+        if current is None and hasattr(self._pipe(), "_current_timestep"):
+            self._refuse_other_pipeline()
         current = timestep if current is None else current
         if current is self._time:
             self._calls_in_step += 1
         else:
+            told = self._place_in_schedule(current) if told is None else told
             if told is None:  # count timesteps; a larger one than before is a new run
                 rising = self._time is not None and float(current.max()) > float(self._time.max())
                 self._step = 0 if rising else self._step + 1
@@ -59,6 +62,22 @@ class Denoising:
             return 0
         # A run that starts from a video takes the last steps of the schedule.
         return scheduler.step_index - (len(scheduler.timesteps) - self._steps_in_all())
+
+    def _refuse_other_pipeline(self) -> None:
+        """Our pipeline is not running: its number of steps is that of an earlier run."""
+        if self._num_steps is None and self._fields.get("num_inference_steps") is None:
+            raise RuntimeError(
+                "the transformer runs outside the pipeline that sparse attention was enabled on:"
+                " enable it on the pipeline that you call, or on the transformer with num_steps="
+            )
+
+    def _place_in_schedule(self, current: Tensor) -> int | None:
+        """The step by the scheduler's timesteps, None where they do not tell. One host sync."""
+        timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
+        if timesteps is None:
+            return None
+        places = (timesteps == current.max()).nonzero().flatten().tolist()
+        return places[0] - (len(timesteps) - self._steps_in_all()) if len(places) == 1 else None
 
     def _steps_in_all(self) -> int:
         known = self._fields.get("num_inference_steps")

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from dit_sparse.denoising import Denoising
@@ -60,3 +61,24 @@ def test_steps_are_counted_where_the_scheduler_does_not():
             pipe._current_timestep = torch.tensor(900.0 - 100 * step)
             steps.append(model.read(pipe._current_timestep)[0])
         assert steps == [0, 1, 2, 3]
+
+
+def test_a_failed_first_step_does_not_count_where_the_scheduler_has_no_step_index():
+    pipe = Pipeline()
+    timesteps = torch.tensor([900.0, 800.0, 700.0, 600.0])
+    pipe.scheduler = SimpleNamespace(timesteps=timesteps)  # as CogVideoX's schedulers
+    model = Denoising(pipe, None)
+    for stop in (1, 4):
+        steps = []
+        for pipe._current_timestep in timesteps[:stop]:
+            steps.append(model.read(pipe._current_timestep)[0])
+        assert steps == list(range(stop))
+
+
+def test_a_run_of_another_pipeline_is_refused():
+    pipe = Pipeline()
+    model = Denoising(pipe, None)
+    pipe.run([model] * 4)
+    pipe._current_timestep = None  # its run has ended
+    with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
+        model.read(torch.tensor([900.0]))
