@@ -149,9 +149,9 @@ def disagreement(engine: str, problem: Problem) -> str | None:
     arguments = _small_problem(problem)
     try:
         got, got_lse = ENGINES[engine].attend(*arguments[:4], kv_len=arguments[4], scale=None)
-    except Exception as error:  # whatever fails in a compiler or a driver: do not use it
-        text = " ".join(str(error).split())[:300]
-        return f"it failed on {problem.device}: {type(error).__name__}: {text}"
+    except Exception as failure:  # whatever fails in a compiler or a driver: do not use it
+        text = " ".join(str(failure).split())[:300]
+        return f"it failed on {problem.device}: {type(failure).__name__}: {text}"
     query, key, value, block_mask, kv_len = arguments
     exact, exact_lse = reference.sparse_attention(
         query.float(), key.float(), value.float(), block_mask, kv_len=kv_len
