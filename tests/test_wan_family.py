@@ -204,3 +204,23 @@ def test_every_pipeline_named_is_in_diffusers_and_tested_here():
     named = {*supported_pipelines()["Wan"], *supported_pipelines()["Wan Animate"]}
     assert all(hasattr(diffusers, pipeline) for pipeline in named)
     assert {type(made(name)[0]).__name__ for name in PIPELINES} == named
+
+
+@pytest.mark.parametrize("order", ["tile", "curve"])
+def test_timesteps_given_per_token_follow_the_order(order):
+    """Any of them, not only those of the first frame, which every order leaves in front."""
+    pipe, _ = PIPELINES["T2V 5B"][0]()
+    latents = torch.randn(1, 4, 3, 10, 14)
+    timestep = torch.rand(1, 3 * 5 * 7).mul(1000)
+    given = {
+        "hidden_states": latents,
+        "timestep": timestep,
+        "encoder_hidden_states": text()["prompt_embeds"],
+    }
+    with torch.no_grad():
+        stock = pipe.transformer(**given).sample
+        with enable_sparse_attention(
+            pipe.transformer, order=order, search_at=0, num_steps=2, **ALL_KEPT
+        ):
+            ours = pipe.transformer(**given).sample
+    assert (ours - stock).abs().max() < 1e-5
