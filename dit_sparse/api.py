@@ -319,7 +319,8 @@ def _refuse_compiled(pipe: Any) -> None:
     for module in _modules(pipe):
         transformer = getattr(module, "_orig_mod", module)
         compiled = transformer is not module or any(
-            getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
+            getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+            for part in module.modules()
         )
         if compiled and family_of(transformer) is not None:
             raise RuntimeError(

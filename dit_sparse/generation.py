@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,7 @@ def prepare_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with whole_file(path / "probe") as part:
-            part.touch()
-        (path / "probe").unlink()
+        TemporaryFile(dir=path).close()
     except OSError as error:
         raise PermissionError(
             f"cannot write to {path} ({error.strerror or error}); name another folder with --out"

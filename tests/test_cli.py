@@ -213,3 +213,11 @@ def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     assert "Interrupted" in errors and "Traceback" not in errors
     assert list(tmp_path.glob("*.mp4"))
     assert not list(tmp_path.glob(".part*"))
+
+
+def test_an_output_folder_keeps_the_files_of_the_user(tmp_path):
+    from dit_sparse.generation import prepare_folder
+
+    (tmp_path / "probe").write_text("mine")
+    prepare_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
