@@ -132,5 +132,10 @@ def whole(name: str, value, least: int) -> None:
         raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
 
 
+def positive(name: str, value) -> None:
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -60,8 +60,7 @@ class Denoising:
             return None
         if scheduler.step_index is None:  # until its first step
             return 0
-        # A run that starts from a video takes the last steps of the schedule.
-        return scheduler.step_index - (len(scheduler.timesteps) - self._steps_in_all())
+        return scheduler.step_index - self._steps_left_out(scheduler.timesteps)
 
     def _refuse_other_pipeline(self) -> None:
         """Our pipeline is not running: its number of steps is that of an earlier run."""
@@ -77,7 +76,11 @@ class Denoising:
         if timesteps is None:
             return None
         places = (timesteps == current.max()).nonzero().flatten().tolist()
-        return places[0] - (len(timesteps) - self._steps_in_all()) if len(places) == 1 else None
+        return places[0] - self._steps_left_out(timesteps) if len(places) == 1 else None
+
+    def _steps_left_out(self, timesteps: Tensor) -> int:
+        """A run that starts from a video takes the last steps of the schedule."""
+        return len(timesteps) - self._steps_in_all()
 
     def _steps_in_all(self) -> int:
         known = self._fields.get("num_inference_steps")

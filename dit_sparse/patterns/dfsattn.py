@@ -1,6 +1,6 @@
 """DFSAttn: means of 16 tokens along a Hilbert curve, fewer blocks with every refresh.
 
-From what methods.md 8.13 knows of it (the paper itself was not read): Hilbert order; means of 16
+From a summary of the method (the paper itself was not read): Hilbert order; means of 16
 tokens, the softmax of their products summed into blocks of 128; per-row top-k; 12 of 50 steps
 dense, then a refresh every 12 steps at keep ratios 0.3, 0.2 and 0.1.
 Departures, and where it is silent:
@@ -33,7 +33,7 @@ class DFSAttn(SparseConfig):
     search_at: tuple[float, ...] = (0.24, 0.48, 0.72)
     block_size: int = 128
 
-    paper: ClassVar[str] = "DFSAttn (as summarised in methods.md 8.13)"
+    paper: ClassVar[str] = "DFSAttn (from a summary; the paper was not read)"
     cost: ClassVar[str] = "3, 2, 1 times density; a search + 1 / 512"
 
     def find(self, search: Search) -> Found:

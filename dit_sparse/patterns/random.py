@@ -12,7 +12,7 @@ from .select import blocks_of, top_k_rows
 
 @dataclass(frozen=True)
 class RandomBlocks(SparseConfig):
-    """As many random blocks in every row, drawn anew for each head, layer and search.
+    """As many random blocks in every row, drawn anew for each head and layer.
 
     Args:
         seed: of the drawing.

@@ -22,14 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..config import SparseConfig, is_number, whole
+from ..config import SparseConfig, is_number, positive, whole
 from .correct import Correction, apply_correction, measure_correction
-from .score import nearness
 from .search import Found, Search
-from .select import blocks_of, top_k_rows
+from .window import nearest_blocks
 
 REFRESHES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # steps 15, 20, ... 45 of 50
 
@@ -68,14 +66,10 @@ class Rettention(SparseConfig):
         whole("pool", self.pool, 1)
         if not is_number(self.ramp) or self.ramp < 0:
             raise ValueError(f"ramp is what rho grows by, at least 0, got {self.ramp!r}")
-        if not is_number(self.time_scale) or self.time_scale <= 0:
-            raise ValueError(f"time_scale must be above 0, got {self.time_scale!r}")
+        positive("time_scale", self.time_scale)
 
     def find(self, search: Search) -> Found:
-        device = search.query.device
-        scores = nearness(search.grid, self.order, self.block_size, self.time_scale).to(device)
-        kept = blocks_of(torch.full((1, 1), self.density, device=device), scores.shape[-1])
-        return Found(top_k_rows(scores, kept, self.forced(search)))
+        return Found(nearest_blocks(self, search, self.time_scale))
 
     def correction(
         self, dense: Tensor, dense_lse: Tensor, sparse: Tensor, sparse_lse: Tensor

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..config import SparseConfig
+from ..config import SparseConfig, positive
 from .score import nearness
 from .search import Found, Search
 from .select import blocks_of, top_k_rows
@@ -27,11 +28,15 @@ class Window(SparseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.time_scale <= 0:
-            raise ValueError(f"time_scale must be above 0, got {self.time_scale}")
+        positive("time_scale", self.time_scale)
 
     def find(self, search: Search) -> Found:
-        device = search.query.device
-        scores = nearness(search.grid, self.order, self.block_size, self.time_scale).to(device)
-        kept = blocks_of(torch.full((1, 1), self.density, device=device), scores.shape[-1])
-        return Found(top_k_rows(scores, kept, self.forced(search)))
+        return Found(nearest_blocks(self, search, self.time_scale))
+
+
+def nearest_blocks(config: SparseConfig, search: Search, time_scale: float) -> Tensor:
+    """The window of a config's order, block size and density, (1, 1, N, N) bool."""
+    device = search.query.device
+    scores = nearness(search.grid, config.order, config.block_size, time_scale).to(device)
+    kept = blocks_of(torch.full((1, 1), config.density, device=device), scores.shape[-1])
+    return top_k_rows(scores, kept, config.forced(search))
