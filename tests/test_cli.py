@@ -197,9 +197,12 @@ def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     command = [sys.executable, "-m", "dit_sparse", "generate", "-p", str(tiny_folder())]
     command += ["-o", str(tmp_path), *(f"--seed={seed}" for seed in range(500))]
     root = Path(__file__).parents[1]
+    # A suite that was started in the background ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
+    signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("[!.]*.gif")) and time.monotonic() < deadline:
