@@ -92,7 +92,7 @@ def roll_object(dice, height, width, table, top_speed):
     )
 
 
-def roll_scene(dice, camera=0.5, second=0.3, pillar=0.12, light=0.12, contrast=0.11):
+def roll_scene(dice, camera=0.5, second=0.3, pillar=0.12, light=0.12, contrast=0.2):
     """Settings of everything else: camera, background, second shape, pillar, light."""
     camera = (dice.pick(len(CAMERAS) - 1) + 1) * dice.chance(camera)
     return SimpleNamespace(
