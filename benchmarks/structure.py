@@ -30,7 +30,7 @@ from dit_sparse import enable_sparse_attention  # noqa: E402
 from dit_sparse.attention import block_mass  # noqa: E402
 from dit_sparse.dense import dense_attention_with_lse  # noqa: E402
 from dit_sparse.grid import VideoGrid, token_order  # noqa: E402
-from dit_sparse.patterns.window import _centres  # noqa: E402
+from dit_sparse.patterns.score import nearness  # noqa: E402
 from dit_sparse.reference import block_pool  # noqa: E402
 
 BLOCK, DENSITY, EARLY, EVERY = 64, 0.2, 0.2, 5
@@ -90,11 +90,11 @@ class Probe:
         mass = normal(block_mass(query, key, lse, (BLOCK, BLOCK)))
         exact = best_blocks(mass)
         early = self.early.setdefault(call.branch, exact)
-        centres = _centres(grid, "curve", BLOCK).to(mass)
+        near = nearness(grid, "curve", BLOCK).to(mass)[0, 0]
         masks = {
             "pooled": best_blocks(block_pool(query, BLOCK) @ block_pool(key, BLOCK).mT),
             "sampled": best_blocks(sampled_mass(query, key, lse)),
-            "window": best_blocks(-torch.cdist(centres, centres)),
+            "window": best_blocks(near),
             "early": early,
         }
         self.found.rows.append({
