@@ -14,13 +14,14 @@ LEVELS = 15  # of four bits: 0 nothing kept, 15 every block of the cell
 
 def pack_maps(mask: BlockMask) -> dict[str, Any]:
     """Shares of kept blocks, one text a head; a mask that all heads share gives one text."""
-    side = tuple(min(count, SIDE) for count in mask.num_blocks)
+    rows, columns = mask.num_blocks
+    side = min(rows, SIDE), min(columns, SIDE)
     # Head by head: the whole mask as floats may take gigabytes.
     heads = [pack(shares(mask, head, side)) for head in range(mask.bits.shape[1])]
-    return {"blocks": list(mask.num_blocks), "side": list(side), "heads": heads}
+    return {"blocks": [rows, columns], "side": list(side), "heads": heads}
 
 
-def shares(mask: BlockMask, head: int, side: tuple[int, ...]) -> Tensor:
+def shares(mask: BlockMask, head: int, side: tuple[int, int]) -> Tensor:
     """(rows, columns) float32, share of the blocks that a head keeps in each cell of the map."""
     one = BlockMask(mask.bits[:, [head]], mask.q_len, mask.kv_len, mask.block_size, 1, mask.density)
     return torch.nn.functional.adaptive_avg_pool2d(one.to_dense().float(), side).mean((0, 1))
