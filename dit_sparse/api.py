@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .attention import refuse_missing_triton
+from .attention import refuse_missing
 from .config import SparseConfig
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
@@ -59,13 +59,13 @@ def enable_sparse_attention(
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
         ValueError: an unknown method, an option with a value that is not allowed, or
-            engine="triton" on a machine where it cannot run.
+            a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
     config, name = make_config(method, options)
-    if config.engine == "triton":
-        refuse_missing_triton("cuda" if torch.cuda.is_available() else "cpu")
+    if config.engine != "auto":
+        refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
     _refuse_compiled(pipe)
     for transformer, _ in transformers:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .patterns.correct import Correction
     from .patterns.search import Found, Search
 
-ENGINES = ("auto", "triton", "torch")
+ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
 DEFAULT_ORDER = "curve"
 
@@ -30,7 +30,7 @@ class SparseConfig:
         own_block: every row of blocks keeps its own block, whatever its score.
         order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
-        engine: "auto", "triton" or "torch".
+        engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 

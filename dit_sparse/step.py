@@ -144,9 +144,9 @@ class LayerAttention:
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
     ) -> tuple[Tensor, Tensor]:
-        engine = choose_engine(self.config.engine, query, mask)
-        self.state.engines.add(engine)
         kv_len = self.state.call.kv_len
+        engine = choose_engine(self.config.engine, query, mask, kv_len)
+        self.state.engines.add(engine)
         return sparse_attention(
             query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
         )

@@ -1,6 +1,6 @@
 """What the kernels must compute: inputs, a slow float64 oracle, and the tolerance rule.
 
-Used by the tests and by `benchmarks/kernel_check.py`, so it needs torch and triton only. The
+Used by the tests and by `benchmarks/kernels.py`, so it needs torch and triton only. The
 oracle expands the block lists to a mask over tokens and knows nothing of the kernels.
 """
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
+from dit_sparse.kernels.tiles import Tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -167,7 +168,15 @@ def max_error(got: Tensor, want: Tensor) -> float:
     return torch.where(got.double() == want, 0.0, (got.double() - want).abs()).max().item()
 
 
-def check_attention(case: Case, device: str) -> dict[str, float]:
+def gluon_tile(case: Case) -> Tile | None:
+    """The tile with which the Gluon kernel serves `case`, None where it does not."""
+    if case.head_dim not in (64, 128) or case.dtype == FP32 or case.sample_lens is not None:
+        return None
+    rows, columns = case.block_size
+    return None if min(rows, columns) < 64 else Tile(rows, columns, rows // 16, 2, gluon=True)
+
+
+def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[str, float]:
     """Run the kernel on `case`; raise AssertionError unless it is within the rule.
 
     Output: error <= 2x that of torch's math attention in the same dtype + 2 ulp.
@@ -198,6 +207,7 @@ def check_attention(case: Case, device: str) -> dict[str, float]:
         block_size=case.block_size,
         scale=case.scale,
         kv_len=kv_len,
+        tile=tile,
     )
     assert out.shape == query.shape and out.dtype == query.dtype
     assert lse.shape == mask.shape[:3] and lse.dtype == torch.float32

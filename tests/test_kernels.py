@@ -11,17 +11,41 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    CASES,
+    FP32,
+    Case,
+    check_attention,
+    check_mass,
+    check_pool,
+    draw,
+    gluon_tile,
+    to_lists,
+)
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from dit_sparse import BlockMask, attention, reference  # noqa: E402
-from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse import BlockMask, reference  # noqa: E402
+from dit_sparse.engines import triton_engine  # noqa: E402
+from dit_sparse.kernels import dot, tiles  # noqa: E402
+from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMED = {case.name: case for case in CASES}
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {  # bytes that one program may have
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+NOT_HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
 
 
 def by_name(*names):
@@ -64,7 +88,7 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     mask[..., 3] = mask[..., 0, 0] = True
     packed = BlockMask.from_dense(mask, 100, 100, (32, 32))
     arguments = {"kv_len": torch.tensor([40, 0, 98]), "scale": None}
-    output, lse = attention._triton(query, key, value, packed, **arguments)
+    output, lse = triton_engine.attend(query, key, value, packed, **arguments)
     expected, expected_lse = reference.sparse_attention(query, key, value, packed, **arguments)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
@@ -115,6 +139,63 @@ def test_equal_calls_are_bit_equal():
         block_sparse_fwd(x, x, x, counts, indices, block_size=(64, 64)) for _ in range(2)
     )
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 1023, 1024, 2060])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_block_lists_are_those_of_plain_torch(blocks, dtype):
+    mask = torch.rand(2, 2, 3, blocks) < 0.3
+    mask[0, 0, 0], mask[1, 1, 2] = False, True
+    packed = BlockMask.from_dense(mask, 3 * 64, blocks * 64)
+    counts, indices = packed.indices(dtype)  # plain torch
+    got = block_lists(packed.bits.to(DEVICE), blocks, packed.max_blocks, dtype)
+    assert got[0].cpu().equal(counts) and got[1].cpu().equal(indices)
+
+
+def test_the_order_of_rows_changes_nothing(path):
+    case = replace(NAMED["some-rows-empty"], q_len=200, heads=3)
+    query, key, value, blocks, _ = draw(case, DEVICE)
+    packed = BlockMask.from_dense(blocks, case.q_len, case.kv_len)
+    lists = (*to_lists(blocks),)
+    plain = block_sparse_fwd(query, key, value, *lists, block_size=(64, 64))
+    ordered = block_sparse_fwd(
+        query, key, value, *lists, block_size=(64, 64), order=packed.work_order
+    )
+    assert torch.equal(plain[0], ordered[0]) and torch.equal(plain[1], ordered[1])
+
+
+@pytest.mark.parametrize("tile", [(64, 64, 4, 2), (64, 32, 4, 3), (32, 128, 8, 1)])
+def test_every_tile_gives_the_same_attention(tile, path):
+    x = torch.randn(1, 300, 2, 64, device=DEVICE, dtype=torch.float16)
+    mask = torch.rand(1, 2, 3, 3, device=DEVICE) < 0.6
+    mask[..., -1] = True
+    lists = to_lists(mask)
+    usual = block_sparse_fwd(x, x, x, *lists, block_size=(128, 128))
+    other = block_sparse_fwd(x, x, x, *lists, block_size=(128, 128), tile=tiles.Tile(*tile))
+    torch.testing.assert_close(usual[0], other[0], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(usual[1], other[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
+    ran = []
+
+    def run(tile):
+        ran.append(tile)
+        if tile.num_stages > 1 or tile.columns > 32:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+
+    for _ in range(2):
+        tiles.launch(("test",), tiles.Tile(128, 64, 4, 3), run)
+    assert ran[-2:] == [tiles.Tile(128, 32, 4, 1)] * 2 and len(ran) == 5
+    assert caplog.text.count("needs too much of this GPU") == 1
+
+
+def test_a_gpu_that_takes_no_tile_says_so():
+    def run(tile):
+        raise OutOfResources(200_000, 100, "shared memory")
+
+    with pytest.raises(OutOfResources):
+        tiles.launch(("none",), tiles.Tile(128, 64, 4, 3), run)
 
 
 def arguments(**changes):
@@ -179,11 +260,32 @@ def compile_for(target, *options):
 def test_kernels_compile_for_hopper_with_wgmma_and_tma():
     for kernel in compile_for("sm_90"):
         assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
-        if not kernel["kernel"].startswith("pool"):
+        if kernel["kernel"].startswith(("fwd", "mass")):
             assert kernel["wgmma"] > 0 and kernel["tma"] > 0, kernel
 
 
+def test_the_gluon_kernel_compiles_for_hopper_and_its_products_overlap():
+    for kernel in compile_for("sm_90", "--gluon"):
+        assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
+        assert kernel["wgmma"] > 0 and kernel["tma"] > 0 and not kernel["serialized"], kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", filter(gluon_tile, CASES), ids=lambda case: case.name)
+def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
+    if NOT_HOPPER:
+        pytest.skip("needs Hopper")
+    check_attention(case, DEVICE, gluon_tile(case))
+
+
+@pytest.mark.parametrize("target", ["sm_86", "gfx942"])
+def test_what_users_meet_first_fits_the_smallest_shared_memory(target):
+    for kernel in compile_for(target):
+        assert kernel["shared"] <= SHARED_MEMORY[target], kernel
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # seven targets, some sixty kernels each
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_every_configuration_fits_shared_memory(target):
     for kernel in compile_for(target, "--all"):

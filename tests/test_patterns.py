@@ -10,8 +10,10 @@ from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
 from dit_sparse.patterns.select import (
+    blocks_of,
     forced_blocks,
     kept_share,
+    most_blocks,
     quota_rows,
     segments_of,
     top_k_rows,
@@ -146,6 +148,19 @@ def test_window_keeps_the_nearest_blocks():
     assert mask[4].sum() == 2
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.2, 1 / 3, 0.5, 2 / 3, 0.99, 1.0])
+@pytest.mark.parametrize("blocks", [1, 7, 68, 929, 1858])
+def test_a_bound_known_without_the_gpu_changes_no_mask(density, blocks):
+    kept = blocks_of(torch.tensor([[density * 0.5, density]]), blocks)
+    most = most_blocks(density, blocks)
+    assert kept.max() <= most <= blocks
+    if blocks <= 68:
+        scores = torch.rand(1, 2, blocks, blocks)
+        forced = torch.eye(blocks, dtype=torch.bool)
+        asked = top_k_rows(scores, kept, forced)
+        assert top_k_rows(scores, kept, forced, most).equal(asked)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -154,7 +169,7 @@ def test_window_keeps_the_nearest_blocks():
         ({"density": "0.2"}, "got '0.2'"),
         ({"order": "hilbert"}, "raster, tile, curve, patch"),
         ({"block_size": 48}, "32, 64, 128"),
-        ({"engine": "cuda"}, "auto, triton, torch"),
+        ({"engine": "cuda"}, "auto, triton, fa4, flex, torch"),
         ({"search_at": (0.6, 0.2)}, "increasing"),
         ({"search_at": ()}, "increasing"),
         ({"search_at": (1.0,)}, "in \\[0, 1\\)"),

@@ -7,7 +7,7 @@ import torch
 
 from ..config import SparseConfig
 from .search import Found, Search
-from .select import blocks_of, top_k_rows
+from .select import blocks_of, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,5 @@ class RandomBlocks(SparseConfig):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + search.layer)
         scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
         kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
-        return Found(top_k_rows(scores, kept, self.forced(search)))
+        most = most_blocks(self.density, blocks)
+        return Found(top_k_rows(scores, kept, self.forced(search), most))

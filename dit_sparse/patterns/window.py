@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import SparseConfig, positive
 from .score import nearness
 from .search import Found, Search
-from .select import blocks_of, top_k_rows
+from .select import blocks_of, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,6 @@ def nearest_blocks(config: SparseConfig, search: Search, time_scale: float) -> T
     """The window of a config's order, block size and density, (1, 1, N, N) bool."""
     device = search.query.device
     scores = nearness(search.grid, config.order, config.block_size, time_scale).to(device)
-    kept = blocks_of(torch.full((1, 1), config.density, device=device), scores.shape[-1])
-    return top_k_rows(scores, kept, config.forced(search))
+    blocks = scores.shape[-1]
+    kept = blocks_of(torch.full((1, 1), config.density, device=device), blocks)
+    return top_k_rows(scores, kept, config.forced(search), most_blocks(config.density, blocks))
