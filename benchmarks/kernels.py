@@ -11,7 +11,7 @@ and the matrix rate are, since ratios compare times of one process only. The las
 
 Records: shape, engine, block, density, mask, ms, ms_p20, ms_p80, tflops (multiply-adds of kept,
 valid pairs only), ratio_to_dense_best (time over that of the fastest dense engine), peak_bytes
-(beyond inputs and outputs). Lists are built before the clock starts; "lists", "selection" and
+(beyond inputs and outputs), read_bytes (of l2-reads). Lists are built before the clock starts; "lists", "selection" and
 "order" are rows of their own. What would mislead: inputs are random, so clocks and power are those
 of random data; see masks.py for what the masks leave out.
 """
@@ -206,10 +206,13 @@ class Bench:
 
 
 def dense_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The dense peers and the matrix rate, in every process anew."""
+    """The dense peers and the rates of matrix products and cache, in every process anew."""
+    import l2_reads
+
     flops = 4 * shape.heads * shape.tokens**2 * shape.head_dim
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     bench.add(shape.name, "matmul 8192", lambda: a @ b, 2 * 8192**3, again=True)
+    bench.add(shape.name, "l2-reads", l2_reads.run, again=True, read_bytes=l2_reads.read_bytes())
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     facts = {"density": 1.0, "again": True}
     for engine, backend in (

@@ -35,7 +35,7 @@ from .dot import (
     online_softmax,
     padded_head_dim,
 )
-from .tiles import FORWARD, Tile, launch, tile_for
+from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
 
 
 @triton.jit
@@ -330,7 +330,7 @@ def block_sparse_fwd(
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
     if tile is None:
         # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
-        gluon = descriptors and kv_len is None and head_dim in (64, 128)
+        gluon = descriptors and kv_len is None and head_dim in (64, 128) and gluon_runs(device)
         tile = tile_for(FORWARD, device, path, dim, block_size, gluon)
     with torch.cuda.device_of(query):
         launch(key_of, tile.within(block_size), run)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 from . import dot
@@ -54,13 +55,13 @@ FLOAT32 = {
     256: [Tile(16, 32, 8, 1)],
 }
 FORWARD = {
-    # Two stages of 128x64 leave room for a second program on each multiprocessor, whose matrix
-    # products run beside the softmax of the first.
+    # What won on an H100 (docs/log.md). Two stages of 128x64 leave room for a second program on
+    # each multiprocessor, whose matrix products run beside the softmax of the first.
     ("hopper", "descriptor"): {
         16: [Tile(128, 64, 4, 3)],
         32: [Tile(128, 64, 4, 3)],
-        64: [Tile(128, 64, 4, 3)],
-        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
+        64: [Tile(64, 128, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(128, 64, 4, 3)],
+        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 3)],
         256: [Tile(64, 64, 4, 2)],
     },
     ("other", "pointer"): {
@@ -102,6 +103,15 @@ def family(device: torch.device) -> str:
     return FAMILIES.get(major * 10 + minor, "other")
 
 
+@functools.cache
+def gluon_runs(device: torch.device) -> bool:
+    """Whether the Gluon kernel may be tried: wgmma is Hopper's alone, and Gluon changes quickly."""
+    if dot.INTERPRETING or torch.version.hip or device.type != "cuda":
+        return False
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (3, 6)
+
+
 def rows_of(table: dict, device: torch.device, path: str) -> dict[int, list[Tile]]:
     """Rows of the GPU's own family, else Hopper's for descriptors and the common ones."""
     nearest = "hopper" if path == "descriptor" else "other"
@@ -132,6 +142,8 @@ def tile_for(
 def launch(key: tuple, tile: Tile, run: Callable[[Tile], None]) -> None:
     """Call `run(tile)`; out of resources, retry with smaller tiles and remember what worked.
 
+    Whatever else the Gluon kernel fails with, in another version of Triton, Triton's own runs then.
+
     Args:
         key: what decides how much the kernel needs: its name, device, dtype, head dim, block.
     """
@@ -141,12 +153,14 @@ def launch(key: tuple, tile: Tile, run: Callable[[Tile], None]) -> None:
         try:
             run(tile)
             break
-        except OutOfResources as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
             smaller = tile.smaller()
-            if smaller is None:
+            if smaller is None or not (tile.gluon or isinstance(error, OutOfResources)):
                 raise
             logger.debug("%s with %s: %s", key[0], tile, error)
             tile = smaller
     if tile != wanted:
         _refused[key, wanted] = tile
-        logger.warning("%s needs too much of this GPU with %s; it runs as %s", key[0], wanted, tile)
+        logger.warning("%s does not run here with %s; it runs with %s", key[0], wanted, tile)

@@ -187,7 +187,56 @@ def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
     for _ in range(2):
         tiles.launch(("test",), tiles.Tile(128, 64, 4, 3), run)
     assert ran[-2:] == [tiles.Tile(128, 32, 4, 1)] * 2 and len(ran) == 5
-    assert caplog.text.count("needs too much of this GPU") == 1
+    assert caplog.text.count("does not run here") == 1
+
+
+def test_triton_runs_where_gluon_fails_in_whatever_way(caplog):
+    ran = []
+
+    def run(tile):
+        ran.append(tile)
+        if tile.gluon:
+            raise AttributeError("this Triton has no such name")
+
+    for _ in range(2):
+        tiles.launch(("gluon",), tiles.Tile(64, 64, 4, 2, True), run)
+    assert ran[1:] == [tiles.Tile(64, 64, 4, 2)] * 2
+    assert caplog.text.count("does not run here") == 1
+
+
+def test_an_error_of_triton_is_not_hidden():
+    def run(tile):
+        raise AttributeError("a mistake of ours")
+
+    with pytest.raises(AttributeError):
+        tiles.launch(("broken",), tiles.Tile(64, 64, 4, 2), run)
+
+
+@pytest.mark.parametrize(
+    "head_dim, block, gluon, other",
+    [
+        (128, 128, (128, 64, 4, 2, False), (128, 64, 4, 2, False)),
+        (128, 64, (64, 64, 4, 2, True), (64, 64, 4, 3, False)),
+        (64, 128, (64, 128, 4, 2, True), (128, 64, 4, 3, False)),
+        (64, 64, (64, 64, 4, 2, True), (64, 64, 4, 3, False)),
+    ],
+)
+def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluon, other):
+    monkeypatch.setattr(tiles, "family", lambda device: "hopper")
+    asked = tiles.FORWARD, torch.device("cpu"), "descriptor", head_dim, (block, block)
+    assert tiles.tile_for(*asked, gluon=True) == gluon
+    assert tiles.tile_for(*asked) == other
+
+
+def test_gluon_is_for_hopper_alone(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(tiles.dot, "INTERPRETING", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, runs in (((9, 0), True), ((10, 0), False), ((8, 9), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        tiles.gluon_runs.cache_clear()
+        assert tiles.gluon_runs(device) is runs
+    tiles.gluon_runs.cache_clear()
 
 
 def test_a_gpu_that_takes_no_tile_says_so():
