@@ -11,9 +11,9 @@ and the matrix rate are, since ratios compare times of one process only. The las
 
 Records: shape, engine, block, density, mask, ms, ms_p20, ms_p80, tflops (multiply-adds of kept,
 valid pairs only), ratio_to_dense_best (time over that of the fastest dense engine), peak_bytes
-(beyond inputs and outputs), read_bytes (of l2-reads). Lists are built before the clock starts; "lists", "selection" and
-"order" are rows of their own. What would mislead: inputs are random, so clocks and power are those
-of random data; see masks.py for what the masks leave out.
+(beyond inputs and outputs), read_bytes (of l2-reads). Lists are built before the clock starts;
+"lists", "selection" and "order" are rows of their own. What would mislead: inputs are random, so
+clocks and power are those of random data; see masks.py for what the masks leave out.
 """
 
 import argparse
