@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import refuse_missing
-from .config import SparseConfig
+from .config import SparseConfig, whole
 from .denoising import Denoising
 from .grid import VideoGrid, token_order
 from .patterns import AUTO, METHODS
@@ -64,6 +64,8 @@ def enable_sparse_attention(
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
     config, name = make_config(method, options)
+    if num_steps is not None:
+        whole("num_steps", num_steps, 1)
     if config.engine != "auto":
         refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
@@ -132,6 +134,12 @@ class SparseAttention:
             [len(installed.swaps) for installed in self._installed],
             self._notes,
         )
+
+    def forget_idle(self) -> None:
+        """A run begins: a transformer that has no part in it must not be in its report."""
+        for installed in self._installed:
+            if not installed.state.last:
+                installed.state.forget()
 
     def disable(self) -> None:
         """Leave the pipeline as it was; does nothing the second time."""
@@ -209,9 +217,9 @@ class Installation:
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
-        self.state.begin(
-            Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
-        )
+        call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
+        if self.state.begin(call):
+            self.handle.forget_idle()
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(

@@ -149,6 +149,8 @@ def disagreement(engine: str, problem: Problem) -> str | None:
     arguments = _small_problem(problem)
     try:
         got, got_lse = ENGINES[engine].attend(*arguments[:4], kv_len=arguments[4], scale=None)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the engine, and must not be remembered
     except Exception as failure:  # whatever fails in a compiler or a driver: do not use it
         text = " ".join(str(failure).split())[:300]
         return f"it failed on {problem.device}: {type(failure).__name__}: {text}"

@@ -98,7 +98,7 @@ def compare(
             source=pipeline or "samples/wan_tiny (boxed)",
             arguments=arguments,
             prompts=given or arguments.prompts[:1],
-            seeds=seed or [0],
+            seeds=given_seeds(seed),
             methods=specs,
             out=out,
             lpips=lpips,
@@ -140,7 +140,7 @@ def generate(
         from .generation import check_call, enable, prepare_folder
         from .method_spec import DENSE
 
-        specs = parse_methods(method, allow_dense=True)
+        specs, seeds = parse_methods(method, allow_dense=True), given_seeds(seed)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -157,7 +157,7 @@ def generate(
         clips = [
             (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
             for p, text in enumerate(prompts)
-            for s in seed or [0]
+            for s in seeds
             for spec in specs
         ]
         generate_all(pipe, arguments, clips, folder, quiet, saved)
@@ -273,6 +273,13 @@ def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[M
     from .method_spec import parse_method
 
     return [parse_method(text, allow_dense) for text in texts or ["auto"]]
+
+
+def given_seeds(seeds: list[int] | None) -> list[int]:
+    twice = sorted({seed for seed in seeds or [] if seeds.count(seed) > 1})
+    if twice:
+        raise ValueError(f"each seed makes one video, but {twice[0]} is given more than once")
+    return seeds or [0]
 
 
 def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:

@@ -1,5 +1,6 @@
 """What every method shares: how dense, in which blocks, and at which steps it looks again."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -61,6 +62,8 @@ class SparseConfig:
         _one_of("order", self.order, TOKEN_ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("engine", self.engine, ENGINES)
+        flag("every_step", self.every_step)
+        flag("own_block", self.own_block)
         whole("dense_layers", self.dense_layers, 0)
         if self.max_cache_bytes is not None:
             whole("max_cache_bytes", self.max_cache_bytes, 0)
@@ -123,7 +126,7 @@ def _fractions(search_at) -> tuple[float, ...]:
 
 
 def _one_of(name: str, value, choices: tuple) -> None:
-    if value not in choices:
+    if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
@@ -133,8 +136,13 @@ def whole(name: str, value, least: int) -> None:
 
 
 def positive(name: str, value) -> None:
-    if not is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is True or False, got {value!r}")
 
 
 def is_number(value) -> bool:

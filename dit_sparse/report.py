@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 
 from .state import Record, State
 
+COSTLY = (
+    "attention cost {:.2f} times that of dense: warm-up and searches take most of so few steps;"
+    " generate densely, or search at one step only (search_at=0.2)"
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -70,10 +75,13 @@ def make_report(
     if any(entry["kind"] == "reuse" for entry in measured):
         measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
+    effective_cost = cost / dense_equivalent if dense_equivalent else 0.0
+    if effective_cost >= 1:
+        notes = [*notes, COSTLY.format(effective_cost)]
     return Report(
         method=method,
         config=config,
-        effective_cost=cost / dense_equivalent if dense_equivalent else 0.0,
+        effective_cost=effective_cost,
         density=_mean([_mean(entry["density"]) for entry in sparse], None),
         kept_mass=_mean([_mean(entry["kept_mass"]) for entry in measured], None),
         steps=len({record.step for record in records}),

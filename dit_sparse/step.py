@@ -106,7 +106,9 @@ class LayerAttention:
         found = config.find(Search(query, key, lse, call.grid, self.layer, call.lengths, *place))
         size = (config.block_size, config.block_size)
         mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
-        kept = Kept(mask, lse if config.uses_lse else None, found.kept_mass, call.step)
+        # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
+        mass = None if kept is not None and config.uses_lse else found.kept_mass
+        kept = Kept(mask, lse if config.uses_lse else None, mass, call.step)
         if output is None or lse is None:
             self.state.keep(self.layer, kept)
             return self._sparse("search", query, key, value, kept, found.cost)

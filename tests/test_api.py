@@ -96,3 +96,9 @@ def test_every_public_name_is_there():
     assert set(dit_sparse.__all__) <= set(dir(dit_sparse))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dit_sparse.nothing  # noqa: B018
+
+
+def test_too_few_steps_are_refused_when_enabling():
+    for steps in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="num_steps is a whole number of at least 1"):
+            enable_sparse_attention(tiny_wan().transformer, num_steps=steps)

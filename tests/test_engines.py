@@ -68,6 +68,20 @@ def test_an_engine_that_fails_says_how(monkeypatch):
     assert "RuntimeError: no kernel image" in reason
 
 
+def test_running_out_of_memory_is_not_remembered_of_an_engine(monkeypatch):
+    works = ENGINES["flex"].attend
+
+    def attend(*arguments, **options):
+        raise torch.OutOfMemoryError("full")
+
+    attention.disagreement.cache_clear()
+    monkeypatch.setattr(ENGINES["flex"], "attend", attend)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.disagreement("flex", problem(dtype=torch.float32))
+    monkeypatch.setattr(ENGINES["flex"], "attend", works)
+    assert attention.disagreement("flex", problem(dtype=torch.float32)) is None
+
+
 def test_auto_takes_torch_on_a_cpu():
     query = torch.zeros(1, 100, 2, 32)
     assert attention.choose_engine("auto", query, BlockMask.full(100, 100)) == "torch"

@@ -1,11 +1,12 @@
 """Selectors and methods against slow loops."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, RandomBlocks, VideoGrid, Window
+from dit_sparse import AdaSpa, DraftAttention, RandomBlocks, Rettention, VideoGrid, Window
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
@@ -173,8 +174,51 @@ def test_a_bound_known_without_the_gpu_changes_no_mask(density, blocks):
         ({"search_at": (0.6, 0.2)}, "increasing"),
         ({"search_at": ()}, "increasing"),
         ({"search_at": (1.0,)}, "in \\[0, 1\\)"),
+        ({"density": math.nan}, "got nan"),
+        ({"block_size": 64.0}, "32, 64, 128, got 64.0"),
+        ({"every_step": "no"}, "every_step is True or False, got 'no'"),
+        ({"own_block": 1}, "own_block is True or False"),
+        ({"recall_threshold": "abc"}, "0 to 1, got 'abc'"),
+        ({"recall_threshold": 80}, "0 to 1, got 80"),
+        ({"head_adaptive": "no"}, "head_adaptive is True or False"),
     ],
 )
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         AdaSpa(**options)
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        (RandomBlocks, {"seed": "x"}, "seed is a whole number"),
+        (RandomBlocks, {"seed": -1}, "of at least 0, got -1"),
+        (Window, {"time_scale": math.nan}, "time_scale must be a number above 0, got nan"),
+        (Window, {"time_scale": math.inf}, "above 0, got inf"),
+        (Rettention, {"ramp": math.nan}, "at least 0, got nan"),
+        (Rettention, {"clamp": "no"}, "clamp is True or False"),
+        (Rettention, {"pool": 0}, "pool is a whole number"),
+        (DraftAttention, {"row_floor": 1.5}, "row_floor is a whole number"),
+    ],
+)
+def test_bad_options_of_other_methods(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
+
+
+def test_random_blocks_differ_between_layers_and_searches():
+    config = RandomBlocks(density=0.3)
+    search = make_search(VideoGrid(4, 8, 16))
+    first, layer, step, again = (
+        config.find(replace(search, layer=layer, step=step)).mask
+        for layer, step in ((0, 2), (1, 2), (0, 7), (0, 2))
+    )
+    assert again.equal(first) and not layer.equal(first) and not step.equal(first)
+
+
+def test_a_window_plans_one_mask_for_all_heads():
+    shape = (2, 640, 8, 64)
+    found = Window(density=0.3).find(make_search(VideoGrid(4, 8, 16))).mask
+    assert found.shape[:2] == (1, 1)
+    assert Window().cache_bytes(shape, 2) == 10 * 2
+    assert RandomBlocks().cache_bytes(shape, 2) == 2 * 8 * 10 * 2

@@ -373,10 +373,52 @@ def test_measured_cost_and_mass(pipe):
     # 25 tokens short of a block make densities uneven: sum the log by hand
     by_hand = [1.0 if e["density"] is None else sum(e["density"]) / 2 for e in report.trace]
     searches = [e for e in report.trace if e["kind"] == "search"]
-    sampled = [e for e in report.trace if e["kind"] == "reuse"]
+    sampled = [e for e in report.trace if e["density"] is not None]
     rows = 64 / 108 * 0.5
     total = sum(by_hand) + 0.5 * len(searches) + rows * len(sampled)
     assert report.effective_cost == pytest.approx(total / len(report.trace))
     assert "effective cost" in str(report)
     assert report.engines == ["torch"]
     assert all((e["density"] is None) == (e["step"] <= 1) for e in report.trace)
+
+
+def test_a_run_that_skips_a_transformer_does_not_report_its_last_run():
+    stock = tiny_wan()
+    second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
+    pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
+    pipe.set_progress_bar_config(disable=True)
+    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    generate(pipe)
+    both, second_trace = handle.report(), handle._installed[1].state.trace
+    assert second_trace and both.steps == 6
+    pipe.register_to_config(boundary_ratio=0.0)  # the first expert does it all
+    generate(pipe)
+    assert not handle._installed[1].state.trace
+    assert handle.report().steps == 6 and len(handle.report().trace) == len(both.trace)
+
+
+def test_a_backend_set_while_enabled_stays_when_disabled(pipe):
+    with enable_sparse_attention(pipe, **SPARSE):
+        pipe.transformer.set_attention_backend("_native_math")
+    backends = {b.attn1.processor._attention_backend.value for b in pipe.transformer.blocks}
+    pipe.transformer.reset_attention_backend()
+    assert backends == {"_native_math"}
+
+
+def test_a_run_that_costs_more_than_dense_says_so(pipe):
+    handle = enable_sparse_attention(pipe, density=0.9, search_at=(0.0, 0.5))
+    generate(pipe)
+    report = handle.report()
+    assert report.effective_cost >= 1
+    assert any("times that of dense" in note for note in report.notes)
+
+
+def test_the_mass_of_an_old_log_sum_exp_is_not_reported(pipe):
+    handle = enable_sparse_attention(pipe, density=0.3, search_at=(0.0, 0.5))
+    generate(pipe)
+    searches = [entry for entry in handle.report().trace if entry["kind"] == "search"]
+    first, second = (
+        [entry["kept_mass"] for entry in searches if (entry["step"] == 0) is early]
+        for early in (True, False)
+    )
+    assert all(first) and second and not any(second)

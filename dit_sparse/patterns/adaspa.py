@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig
+from ..config import SparseConfig, flag, is_number
 from .score import exact_mass
 from .search import Found, Search
 from .select import blocks_of, kept_share, most_blocks, top_k_rows
@@ -54,6 +54,14 @@ class AdaSpa(SparseConfig):
         for model in ("HunyuanVideo", "CogVideoX 1.5")
     }
     uses_lse: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        flag("head_adaptive", self.head_adaptive)
+        if not is_number(self.recall_threshold) or not 0 <= self.recall_threshold <= 1:
+            raise ValueError(
+                f"recall_threshold is a share of mass, 0 to 1, got {self.recall_threshold!r}"
+            )
 
     def find(self, search: Search) -> Found:
         mass, cost = exact_mass(search, self.block_size, self.engine)

@@ -1,5 +1,6 @@
 """A fixed 3-D window: every query block reads the key blocks nearest to it in space and time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,10 @@ class Window(SparseConfig):
     def __post_init__(self):
         super().__post_init__()
         positive("time_scale", self.time_scale)
+
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        _, tokens, _, dim = shape
+        return super().cache_bytes((1, tokens, 1, dim), itemsize)  # one mask for all
 
     def find(self, search: Search) -> Found:
         return Found(nearest_blocks(self, search, self.time_scale))
