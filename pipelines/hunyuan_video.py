@@ -90,7 +90,7 @@ def _project(heads: int, x: Tensor, projections: tuple, norm_q: Any, norm_k: Any
 
 def _rotate_video(x: Tensor, rotary_emb: Any, length: int) -> Tensor:
     video: Any = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
-    return torch.cat([video, x[:, length:]], dim=1)
+    return video if x.shape[1] == length else torch.cat([video, x[:, length:]], dim=1)
 
 
 def _valid(key: Tensor, kv_len: Tensor) -> Tensor:
