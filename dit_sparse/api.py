@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .attention import refuse_missing
 from .config import SparseConfig, whole
 from .denoising import Denoising
-from .grid import VideoGrid, token_order
+from .grid import VideoGrid, order_patches, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of, refusal_of
+from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -226,7 +226,7 @@ class Installation:
                 f"{replaced} of our attention processors were replaced after enabling and run"
                 " without sparsity; enable sparse attention last"
             )
-        changed = prepared.changed | self._reordered(given, prepared.per_token)
+        changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
 
     def _tell_of_forced_blocks(self, grid: VideoGrid) -> None:
@@ -238,13 +238,17 @@ class Installation:
                 f" density={self.config.density:g} leaves the rest with its own block alone"
             )
 
-    def _reordered(self, given: dict, names: tuple[str, ...]) -> dict:
-        """Inputs that are per-token tables, in block order."""
-        tables = {name: given[name] for name in names if given.get(name) is not None}
-        order = self.order(given["hidden_states"])
+    def _reordered(self, given: dict, prepared: Prepared) -> dict:
+        """Inputs that are put in block order: per-token tables, and maybe the latent video."""
+        latents, order = given["hidden_states"], self.order(given["hidden_states"])
         if order is None:
             return {}
-        return {name: tuple(x[order[0]] for x in pair) for name, pair in tables.items()}
+        names = [name for name in prepared.per_token if given.get(name) is not None]
+        changed: dict = {name: tuple(x[order[0]] for x in given[name]) for name in names}
+        if prepared.latent_patch is not None:
+            patch = prepared.latent_patch
+            changed["hidden_states"] = order_patches(latents, prepared.grid, patch, order[0])
+        return changed
 
     @property
     def grid(self) -> VideoGrid:
