@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from environment import commit_here  # noqa: E402
-from kernel_cases import CASES, check_attention, check_mass, check_pool  # noqa: E402
+from kernel_cases import CASES, check_attention, check_mass, check_pool, check_tail  # noqa: E402
 
 from dit_sparse.kernels import block_sparse_fwd as forward  # noqa: E402
 from dit_sparse.kernels import dot  # noqa: E402
@@ -92,13 +92,13 @@ def check_all() -> dict[str, dict]:
     """Every case through the path this GPU takes, and once more each head dim by pointers."""
     errors = {}
     for case in CASES:
-        errors[case.name] = check_attention(case, "cuda")
+        errors[case.name] = check_attention(case, "cuda") | check_tail(case, "cuda")
     for case in CASES[1:9:2] + CASES[15:16]:
         errors[case.name] |= check_mass(case, "cuda") | check_pool(case, "cuda")
     fast = dot.has_fast_descriptors
     dot.has_fast_descriptors = lambda device: False
     for case in CASES[1:3] + CASES[15:16]:
-        errors[f"{case.name}-pointer"] = check_attention(case, "cuda")
+        errors[f"{case.name}-pointer"] = check_attention(case, "cuda") | check_tail(case, "cuda")
     dot.has_fast_descriptors = fast
     return errors
 
