@@ -386,11 +386,11 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
 
 def check_cases() -> None:
     """Every case of the tests on this GPU; raises where one is outside the tolerance rule."""
-    from kernel_cases import CASES, check_attention, check_mass, check_pool
+    from kernel_cases import CASES, check_attention, check_mass, check_pool, check_tail
 
     started = time.perf_counter()
     for case in CASES:
-        check_attention(case, "cuda")
+        check_attention(case, "cuda"), check_tail(case, "cuda")
     for case in CASES[1:9:2] + CASES[15:16]:
         check_mass(case, "cuda"), check_pool(case, "cuda")
     print(f"{len(CASES)} cases within the rule, {time.perf_counter() - started:.0f} s", flush=True)

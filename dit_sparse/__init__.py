@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .grid import VideoGrid
     from .patterns import (
         AdaSpa,
+        Auto,
         DFSAttn,
         DraftAttention,
         RandomBlocks,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaSpa",
+    "Auto",
     "BlockMask",
     "DFSAttn",
     "DraftAttention",
@@ -53,6 +55,7 @@ __all__ = [
 
 _CORE = {  # needs torch alone; every other name lives in api and needs diffusers
     "AdaSpa": "patterns",
+    "Auto": "patterns",
     "BlockMask": "block_mask",
     "DFSAttn": "patterns",
     "DraftAttention": "patterns",

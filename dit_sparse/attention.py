@@ -90,16 +90,21 @@ def block_mass(
 
     Only our own kernels and torch compute it: other engines leave it to "auto".
     """
-    if engine not in ("torch", "triton"):
-        problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
-        usable = why_not("triton", problem) is None and disagreement("triton", problem) is None
-        engine = "triton" if usable else "torch"
-    if engine == "torch":
+    if own_engine(engine, query, block_size) == "torch":
         return reference.block_mass(query, key, lse, block_size, scale)
     refuse_missing("triton", query.device)
     from .kernels.block_mass import block_mass as kernel
 
     return kernel(query, key, lse, block_size=block_size, scale=scale)
+
+
+def own_engine(engine: str, query: Tensor, block_size: tuple[int, int]) -> str:
+    """ "triton" or "torch", for what no other engine computes; those leave it to "auto"."""
+    if engine in ("torch", "triton"):
+        return engine
+    problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
+    usable = why_not("triton", problem) is None and disagreement("triton", problem) is None
+    return "triton" if usable else "torch"
 
 
 def choose_engine(

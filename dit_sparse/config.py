@@ -51,6 +51,7 @@ class SparseConfig:
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
+    tail: ClassVar[bool] = False  # True where sparse outputs are completed by means of the rest
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))
@@ -85,12 +86,18 @@ class SparseConfig:
     def correction(
         self, dense: "Tensor", dense_lse: "Tensor", sparse: "Tensor", sparse_lse: "Tensor"
     ) -> "Correction":
-        """Where `corrects`: what a search step's sparse output lacks of its dense one."""
+        """Where a layer is corrected: what a search step's sparse output lacks of its dense one."""
         raise NotImplementedError
 
     def corrected(self, sparse: "Tensor", correction: "Correction", age: int) -> "Tensor":
-        """Where `corrects`: a sparse output `age` steps after the correction was measured."""
+        """Where a layer is corrected: a sparse output `age` steps after that was measured."""
         raise NotImplementedError
+
+    def corrected_layers(
+        self, shape: Sequence[int], itemsize: int, layers: int, branches: int
+    ) -> int:
+        """How many of the sparse `layers`, the leading ones, keep a correction on each branch."""
+        return layers if self.corrects else 0
 
     def forced(self, search: "Search") -> "Tensor":
         """Blocks that are always kept, (N, N) bool: own, text and conditioning frames."""
@@ -100,11 +107,18 @@ class SparseConfig:
         return forced_blocks(search.grid, self.block_size, device, self.own_block)
 
     def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query."""
+        """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query.
+
+        Where `corrected_layers` says that only some layers are corrected, of one that is not.
+        """
         batch, tokens, heads, _ = shape
         blocks = -(-tokens // self.block_size)
         lse = 4 * batch * heads * tokens if self.uses_lse else 0
         return batch * heads * blocks * -(-blocks // 8) + lse
+
+    def correction_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """What a corrected layer keeps beside `cache_bytes`, where that leaves it out."""
+        return 0
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -15,7 +15,7 @@ class Report:
     """Figures of the last generation.
 
     Attributes:
-        effective_cost: multiply-adds of self-attention, search and measurement included, over
+        effective_cost: multiply-adds of self-attention, with search, tail and measurement, over
             those of dense attention at every step. Computed from the masks that ran.
         density: kept pairs over all pairs, mean over sparse calls; None where none ran.
         kept_mass: share of softmax mass inside the masks; measured at every sparse step with

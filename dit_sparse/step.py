@@ -16,6 +16,7 @@ from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.search import Search
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
+from .tail import add_tail, tail_cost
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Order = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -74,9 +75,11 @@ class LayerAttention:
         """At the first call of each branch: how much will be kept, and refuse too much."""
         if self.config.density == 1 or self.layer > 0:
             return
-        per_branch = self.config.cache_bytes(query.shape, query.element_size())
+        of = query.shape, query.element_size()
         layers = max(self.state.layers - self.config.dense_layers, 0)
-        planned, limit = per_branch * layers * len(self.state.last), self.config.max_cache_bytes
+        per_branch = self.config.cache_bytes(*of) * layers
+        per_branch += self.config.correction_bytes(*of) * self._corrected_layers(query)
+        planned, limit = per_branch * len(self.state.last), self.config.max_cache_bytes
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
         if limit is not None and planned > limit:
             raise MemoryError(
@@ -85,40 +88,50 @@ class LayerAttention:
                 f" ({self.config.memory})"
             )
 
+    def _corrected_layers(self, query: Tensor) -> int:
+        layers = max(self.state.layers - self.config.dense_layers, 0)
+        # At the first step the second branch is not known yet; its share must not be given away.
+        branches = max(len(self.state.last), 2 if self.state.call.step == 0 else 1)
+        return self.config.corrected_layers(query.shape, query.element_size(), layers, branches)
+
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
         kept = self.state.kept.get((self.state.call.branch, self.layer))
         if kept is None:
             return None
         batch = query.shape[0]
-        of_rows = kept.lse if kept.correction is None else kept.correction.rho
-        if of_rows is not None:
-            return kept if of_rows.shape[0] == batch else None
+        if kept.correction is not None:
+            return kept if kept.correction.batch == batch else None
+        if kept.lse is not None:
+            return kept if kept.lse.shape[0] == batch else None
         return kept if kept.mask.bits.shape[0] in (1, batch) else None
 
     def _search(self, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
         """Find a mask. The output is dense where dense attention had to run for it, else sparse."""
         call, config = self.state.call, self.config
         output, lse = None, None if kept is None else kept.lse
-        if config.corrects or (config.uses_lse and lse is None):
+        corrects = self.layer - config.dense_layers < self._corrected_layers(query)
+        if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         place = call.step, call.num_steps, call.branch, self.state.layers
         found = config.find(Search(query, key, lse, call.grid, self.layer, call.lengths, *place))
         size = (config.block_size, config.block_size)
         mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
-        mass = None if kept is not None and config.uses_lse else found.kept_mass
-        kept = Kept(mask, lse if config.uses_lse else None, mass, call.step)
+        mass = None if output is None and config.uses_lse else found.kept_mass
+        keeps_lse = config.uses_lse and not corrects  # else the next search runs dense anyway
+        kept = Kept(mask, lse if keeps_lse else None, mass, call.step)
         if output is None or lse is None:
             self.state.keep(self.layer, kept)
             return self._sparse("search", query, key, value, kept, found.cost)
         cost = found.cost
-        if config.corrects:
+        if corrects:
             sparse, sparse_lse = self._attend(query, key, value, mask)
             correction = config.correction(output, lse, sparse, sparse_lse)
-            mass = correction.rho.mean((0, 2))  # of all rows, exactly
-            kept = replace(kept, correction=correction, kept_mass=mass)
-            cost += float(mask.density.mean())
+            kept = replace(kept, correction=correction)
+            if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
+                kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
+            cost += float(mask.density.mean()) + self._tail_cost(mask)
         self.state.keep(self.layer, kept)
         self._log("search", None, kept.kept_mass, cost)
         return output
@@ -133,6 +146,7 @@ class LayerAttention:
         extra_cost: float = 0.0,
     ) -> Tensor:
         call = self.state.call
+        extra_cost += self._tail_cost(kept.mask)
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
@@ -149,9 +163,15 @@ class LayerAttention:
         kv_len = self.state.call.kv_len
         engine = choose_engine(self.config.engine, query, mask, kv_len)
         self.state.engines.add(engine)
-        return sparse_attention(
+        output, lse = sparse_attention(
             query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
         )
+        if not self.config.tail:
+            return output, lse
+        return add_tail(output, lse, query, key, value, mask, kv_len=kv_len, engine=engine)
+
+    def _tail_cost(self, mask: BlockMask) -> float:
+        return tail_cost(mask) if self.config.tail else 0.0
 
     def _log(
         self,

@@ -91,6 +91,24 @@ MASS = {
     ("other", "float32"): FLOAT32,
 }
 
+TAIL = {  # columns are means of kv blocks
+    ("hopper", "descriptor"): {
+        16: [Tile(128, 64, 4, 2)],
+        32: [Tile(128, 64, 4, 2)],
+        64: [Tile(128, 64, 4, 2)],
+        128: [Tile(128, 64, 8, 2)],
+        256: [Tile(64, 64, 4, 2)],
+    },
+    ("other", "pointer"): {
+        16: [Tile(128, 64, 4, 2)],
+        32: [Tile(128, 64, 4, 2)],
+        64: [Tile(128, 64, 4, 2)],
+        128: [Tile(128, 64, 8, 2)],
+        256: [Tile(32, 32, 4, 2)],
+    },
+    ("other", "float32"): FLOAT32,
+}
+
 _refused: dict[tuple, Tile] = {}  # what a GPU took instead of the tile of the table
 
 

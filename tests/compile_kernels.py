@@ -27,6 +27,7 @@ from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 
 GLUON_TILES = [tiles.Tile(128, 128, 8, 2, True), tiles.Tile(64, 64, 4, 2, True)]
 GLUON_TILES += [tiles.Tile(128, 64, 8, 2, True), tiles.Tile(64, 128, 4, 2, True)]
@@ -74,6 +75,14 @@ def launches(everything: bool):
                 yield (
                     f"mass {name}",
                     lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
+                )
+                means = torch.zeros(1, 512 // size[1], 2, head_dim, dtype=dtype)
+                bits = torch.zeros(1, 2, 512 // size[0], -(-means.shape[1] // 8), dtype=torch.uint8)
+                yield (
+                    f"tail {name}",
+                    lambda x=x, m=means, b=bits, lse=lse, s=size: tail_fwd(
+                        x, m, m, b, block_size=s, max_kv_len=512, sparse=(x, lse)
+                    ),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
     yield "lists", lambda: block_lists(torch.zeros(1, 2, 4, 8, dtype=torch.uint8), 60, 60)

@@ -18,6 +18,7 @@ from kernel_cases import (  # noqa: E402
     check_attention,
     check_mass,
     check_pool,
+    check_tail,
     draw,
     gluon_tile,
     to_lists,
@@ -31,6 +32,7 @@ from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMED = {case.name: case for case in CASES}
@@ -123,6 +125,18 @@ def test_block_mass_of_a_skipped_row_is_zero():
 @by_name("d64-bf16", "d128-fp16", "d96-bf16", "d32-fp32", "block-32-32", "transposed", "sliced")
 def test_block_pool_averages_valid_tokens(case):
     check_pool(case, DEVICE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tail_is_as_exact_as_math_attention(case, path):
+    if path == "descriptor" and case.dtype == FP32:
+        pytest.skip("float32 has one path")
+    check_tail(case, DEVICE)
+
+
+def test_tail_reads_every_byte_of_the_mask():
+    # 70 kv blocks: two tiles of pooled keys, the last byte of a row cut.
+    check_tail(Case("", q_len=70, kv_len=2230, block_size=(32, 32), heads=1), DEVICE)
 
 
 def test_no_tail_tile_when_lists_keep_only_full_blocks():
@@ -289,6 +303,18 @@ def test_pool_and_mass_check_their_arguments():
         block_pool(x, 48)
     with pytest.raises(ValueError, match="lse must have shape"):
         block_mass(x, x, torch.zeros(1, 2, 99, device=DEVICE), block_size=(64, 64))
+
+
+def test_tail_checks_its_arguments():
+    x, means = torch.zeros(1, 100, 2, 64, device=DEVICE), torch.zeros(1, 2, 2, 64, device=DEVICE)
+    bits = torch.zeros(1, 2, 2, 1, dtype=torch.uint8, device=DEVICE)
+    options = {"block_size": (64, 64), "max_kv_len": 100}
+    with pytest.raises(ValueError, match="must hold 3 blocks"):
+        tail_fwd(x, means, means, bits, block_size=(64, 64), max_kv_len=130)
+    with pytest.raises(ValueError, match=r"bits must have shape \(1, 2, 2, 1\)"):
+        tail_fwd(x, means, means, bits[:, :, :1], **options)
+    with pytest.raises(ValueError, match="sparse lse must have shape"):
+        tail_fwd(x, means, means, bits, sparse=(x, x[..., 0]), **options)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):

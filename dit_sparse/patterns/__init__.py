@@ -2,6 +2,7 @@
 
 from ..config import SparseConfig
 from .adaspa import AdaSpa
+from .auto import Auto
 from .dfsattn import DFSAttn
 from .draftattention import DraftAttention
 from .random import RandomBlocks
@@ -15,6 +16,7 @@ METHODS: dict[str, type[SparseConfig]] = {
     "rettention": Rettention,
     "sparse-vdit": SparseVDiT,
     "dfsattn": DFSAttn,
+    "auto-preview": Auto,  # what method="auto" will mean
     "random": RandomBlocks,
     "window": Window,
 }
