@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         DraftAttention,
         RandomBlocks,
         Rettention,
+        SolAttn,
         SparseVDiT,
         Window,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "DraftAttention",
     "RandomBlocks",
     "Rettention",
+    "SolAttn",
     "SparseAttention",
     "SparseVDiT",
     "UnsupportedPipelineError",
@@ -61,6 +63,7 @@ _CORE = {  # needs torch alone; every other name lives in api and needs diffuser
     "DraftAttention": "patterns",
     "RandomBlocks": "patterns",
     "Rettention": "patterns",
+    "SolAttn": "patterns",
     "SparseVDiT": "patterns",
     "VideoGrid": "grid",
     "Window": "patterns",

@@ -7,6 +7,7 @@ from .dfsattn import DFSAttn
 from .draftattention import DraftAttention
 from .random import RandomBlocks
 from .rettention import Rettention
+from .sol_attn import SolAttn
 from .sparse_vdit import SparseVDiT
 from .window import Window
 
@@ -16,6 +17,7 @@ METHODS: dict[str, type[SparseConfig]] = {
     "rettention": Rettention,
     "sparse-vdit": SparseVDiT,
     "dfsattn": DFSAttn,
+    "sol-attn": SolAttn,
     "auto-preview": Auto,  # what method="auto" will mean
     "random": RandomBlocks,
     "window": Window,
