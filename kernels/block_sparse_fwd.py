@@ -225,6 +225,21 @@ def block_sparse_fwd_kernel(
     tl.store(lse_row + rows, lse, mask=q_valid)
 
 
+def default_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    lengths: bool = False,
+) -> Tile:
+    """The tile of the table for tensors like these, `lengths` with a valid length per sample."""
+    path, head_dim = load_path(query, key, value), query.shape[-1]
+    # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
+    served = path == "descriptor" and not lengths and head_dim in (64, 128)
+    gluon = served and gluon_runs(query.device)
+    return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
+
+
 def block_sparse_fwd(
     query: Tensor,
     key: Tensor,
@@ -251,7 +266,7 @@ def block_sparse_fwd(
         kv_len: `(B,)` int32, valid keys per sample; all by default.
         order: `(B * H * Nq,)` int32, rows in the order in which they start, best the longest
             first. It changes the time only.
-        tile: another tile than the table's, for measurements.
+        tile: another tile than the table's, for measurements; where it fails, nothing replaces it.
 
     Returns:
         The output `(B, S, H, D)` in the query's dtype and the natural-log LSE `(B, H, S)` in
@@ -328,10 +343,10 @@ def block_sparse_fwd(
         )
 
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
-    if tile is None:
-        # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
-        gluon = descriptors and kv_len is None and head_dim in (64, 128) and gluon_runs(device)
-        tile = tile_for(FORWARD, device, path, dim, block_size, gluon)
     with torch.cuda.device_of(query):
-        launch(key_of, tile.within(block_size), run)
+        if tile is None:
+            tile = default_tile(query, key, value, block_size, lengths=kv_len is not None)
+            launch(key_of, tile.within(block_size), run)
+        else:
+            run(tile.within(block_size))
     return out, lse
