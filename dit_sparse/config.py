@@ -51,7 +51,8 @@ class SparseConfig:
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
-    tail: ClassVar[bool] = False  # True where sparse outputs are completed by means of the rest
+    # True where sparse outputs are completed by means of the rest; a correction is a residual then.
+    tail: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))

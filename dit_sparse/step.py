@@ -13,6 +13,7 @@ from .config import SparseConfig
 from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
+from .patterns.correct import Correction
 from .patterns.search import Search
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
@@ -152,13 +153,19 @@ class LayerAttention:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
-        output, _ = self._attend(query, key, value, kept.mask)
-        if kept.correction is None:
+        residual = kept.correction if self.config.tail else None  # one kernel adds both
+        output, _ = self._attend(query, key, value, kept.mask, residual)
+        if kept.correction is None or residual is not None:
             return output
         return self.config.corrected(output, kept.correction, call.step - kept.found_at)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: BlockMask,
+        residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
         kv_len = self.state.call.kv_len
         engine = choose_engine(self.config.engine, query, mask, kv_len)
@@ -168,7 +175,8 @@ class LayerAttention:
         )
         if not self.config.tail:
             return output, lse
-        return add_tail(output, lse, query, key, value, mask, kv_len=kv_len, engine=engine)
+        more = {"kv_len": kv_len, "engine": engine, "residual": residual}
+        return add_tail(output, lse, query, key, value, mask, **more)
 
     def _tail_cost(self, mask: BlockMask) -> float:
         return tail_cost(mask) if self.config.tail else 0.0

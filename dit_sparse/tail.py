@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention import own_engine
 from .block_mask import BlockMask
+from .patterns.correct import Correction, add_residual
 from .reference import block_lengths, block_pool
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once by the tail in plain torch: 64 MiB
@@ -34,21 +35,25 @@ def add_tail(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     engine: str = "auto",
+    residual: Correction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sparse output completed by the tail of its mask.
 
     Args:
         output, lse: (B, Sq, H, D) and (B, H, Sq) float32, what `sparse_attention` gave for the
             other arguments, which are as there.
+        residual: added to the output, as `patterns.correct.add_residual` does.
 
     Returns:
         (B, Sq, H, D) and the log-sum-exp (B, H, Sq) float32 of both parts. Where the mask keeps
         everything, what was given.
     """
     if own_engine(engine, query, block_mask.block_size) == "triton":
-        return _triton(query, key, value, block_mask, kv_len, scale, (output, lse))
+        sparse = output, lse
+        return _triton(query, key, value, block_mask, kv_len, scale, sparse, residual)
     tail = tail_attention(query, key, value, block_mask, kv_len=kv_len, scale=scale, engine="torch")
-    return merge((output, lse), tail)
+    output, lse = merge((output, lse), tail)
+    return output if residual is None else add_residual(output, residual), lse
 
 
 def tail_attention(
@@ -111,6 +116,7 @@ def _triton(
     kv_len: Tensor | None,
     scale: float | None,
     sparse: tuple[Tensor, Tensor] | None,
+    residual: Correction | None = None,
 ) -> tuple[Tensor, Tensor]:
     from .kernels.block_pool import block_pool as pool
     from .kernels.tail_fwd import tail_fwd
@@ -130,4 +136,5 @@ def _triton(
         kv_len=kv_len,
         scale=scale,
         sparse=sparse,
+        residual=None if residual is None else (residual.residual, residual.scale),
     )

@@ -36,6 +36,17 @@ from .tiles import TAIL, Tile, launch, tile_for
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
+@triton.jit
+def from_fp8(bits):
+    """float32 of float8_e4m3fn bits, by hand: older GPUs cannot convert it.
+
+    Sign and magnitude go to their places in a float32, whose exponent is then 120 too small.
+    """
+    word = bits.to(tl.int32)
+    magnitude = ((word & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return tl.where(word < 128, magnitude, -magnitude)
+
+
 @triton.jit(do_not_specialize=["q_len", "kv_blocks", "max_kv_len"])
 def tail_fwd_kernel(
     q,
@@ -45,6 +56,8 @@ def tail_fwd_kernel(
     kv_len_ptr,
     sparse_out_ptr,
     sparse_lse_ptr,
+    residual_ptr,
+    residual_scale_ptr,
     out_ptr,
     lse_ptr,
     q_strides,
@@ -146,6 +159,13 @@ def tail_fwd_kernel(
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
     out = acc / total[:, None]  # (ROWS, BLOCK_D)
+    if residual_ptr is not None:
+        row = (batch.to(tl.int64) * q_len + rows) * tl.num_programs(1) + head  # of (B, S, H)
+        part = tl.load(residual_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=stored, other=0)
+        if residual_scale_ptr is not None:
+            part = from_fp8(part)
+            part *= tl.load(residual_scale_ptr + row, mask=rows < q_len, other=0.0)[:, None]
+        out += part.to(tl.float32)
     lse = tl.where(empty, float("-inf"), (running_max + tl.log2(total)) * LN_2)  # (ROWS,)
     out_base = out_ptr + batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[2]
     tl.store(
@@ -167,6 +187,7 @@ def tail_fwd(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     sparse: tuple[Tensor, Tensor] | None = None,
+    residual: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the means of the kv blocks that `bits` leaves out.
 
@@ -182,6 +203,8 @@ def tail_fwd(
         scale: softmax scale, 1 / sqrt(D) by default.
         sparse: output `(B, S, H, D)` and LSE `(B, H, S)` float32 of the kept blocks, to be
             completed; None gives the tail alone.
+        residual: `(B, S, H, D)` that is added to the output, contiguous; in float8_e4m3fn with a
+            factor for each row, `(B, S, H, 1)` float32, else None beside it.
 
     Returns:
         The output `(B, S, H, D)` in the query's dtype and the natural-log LSE `(B, H, S)` in
@@ -208,6 +231,15 @@ def tail_fwd(
         sparse_out = sparse_out if sparse_out.stride(3) == 1 else sparse_out.contiguous()
         sparse_lse = sparse_lse.expand(batch, heads, q_len).contiguous()
 
+    added, added_scale = (None, None) if residual is None else residual
+    if added is not None and (added.shape != query.shape or not added.is_contiguous()):
+        raise ValueError(
+            f"the residual must be contiguous and of shape {tuple(query.shape)}, got"
+            f" {tuple(added.shape)} with strides {added.stride()}"
+        )
+    if added_scale is not None:
+        added, added_scale = added.view(torch.uint8), added_scale.contiguous()
+
     query, pooled_key, pooled_value = (
         x if x.stride(3) == 1 else x.contiguous() for x in (query, pooled_key, pooled_value)
     )
@@ -226,6 +258,8 @@ def tail_fwd(
             kv_len_ptr=kv_len,
             sparse_out_ptr=sparse_out,
             sparse_lse_ptr=sparse_lse,
+            residual_ptr=added,
+            residual_scale_ptr=added_scale,
             out_ptr=out,
             lse_ptr=lse,
             q_strides=query.stride(),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import SparseConfig
-from .correct import Correction, add_residual, measure_residual
+from .correct import Correction, measure_residual
 from .score import exact_mass
 from .search import Found, Search
 from .select import blocks_of, kept_share, top_k_rows
@@ -70,9 +70,6 @@ class Auto(SparseConfig):
         self, dense: Tensor, dense_lse: Tensor, sparse: Tensor, sparse_lse: Tensor
     ) -> Correction:
         return measure_residual(dense, sparse, fp8=self.residual == "fp8")
-
-    def corrected(self, sparse: Tensor, correction: Correction, age: int) -> Tensor:
-        return add_residual(sparse, correction)
 
     def corrected_layers(
         self, shape: Sequence[int], itemsize: int, layers: int, branches: int
