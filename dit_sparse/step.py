@@ -77,8 +77,7 @@ class LayerAttention:
         if self.config.density == 1 or self.layer > 0:
             return
         of = query.shape, query.element_size()
-        layers = max(self.state.layers - self.config.dense_layers, 0)
-        per_branch = self.config.cache_bytes(*of) * layers
+        per_branch = self.config.cache_bytes(*of) * self._sparse_layers()
         per_branch += self.config.correction_bytes(*of) * self._corrected_layers(query)
         planned, limit = per_branch * len(self.state.last), self.config.max_cache_bytes
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
@@ -89,11 +88,16 @@ class LayerAttention:
                 f" ({self.config.memory})"
             )
 
+    def _sparse_layers(self) -> int:
+        return max(self.state.layers - self.config.dense_layers, 0)
+
     def _corrected_layers(self, query: Tensor) -> int:
-        layers = max(self.state.layers - self.config.dense_layers, 0)
-        # At the first step the second branch is not known yet; its share must not be given away.
-        branches = max(len(self.state.last), 2 if self.state.call.step == 0 else 1)
-        return self.config.corrected_layers(query.shape, query.element_size(), layers, branches)
+        """How many leading sparse layers keep a correction on each branch."""
+        branches = len(self.state.last)
+        if self.state.calls == branches:  # first step: the share of a branch to come is kept free
+            branches = max(branches, 2)
+        of = query.shape, query.element_size()
+        return self.config.corrected_layers(*of, self._sparse_layers(), branches)
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""

@@ -2,10 +2,14 @@
 
 For a query and a key block m that its mask drops, the keys of m are replaced by their mean:
 logit q . mean(k_m) * scale + log(tokens in m), value mean(v_m), in the same softmax as the keys
-that are kept. It is the zeroth-order term of LLSA's enrichment (README) restricted to
-blocks that are not attended to already, so nothing is counted twice. By Jensen's inequality it
-underestimates what it replaces. Multiply-adds: 1 / block size of a dense call; nothing is kept
+that are kept. LLSA attends to such means of all blocks; here only of those that are not attended to
+already, so nothing is counted twice. Multiply-adds: 1 / block size of a dense call; nothing is kept
 between steps.
+
+By Jensen's inequality the tail holds less mass than what it stands for, and is left like that: on
+queries and keys of the boxed Wan (density 0.2, masks and masses of 5 to 9 steps before) outputs
+have a relative error of 0.09; raising its logits by half the variance of a block's keys made it
+0.45, shifting them to the measured mass of a row or of a block 0.10.
 """
 
 import torch

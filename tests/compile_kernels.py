@@ -81,7 +81,14 @@ def launches(everything: bool):
                 yield (
                     f"tail {name}",
                     lambda x=x, m=means, b=bits, lse=lse, s=size: tail_fwd(
-                        x, m, m, b, block_size=s, max_kv_len=512, sparse=(x, lse)
+                        x,
+                        m,
+                        m,
+                        b,
+                        block_size=s,
+                        max_kv_len=512,
+                        sparse=(x, lse),
+                        residual=(x.to(torch.float8_e4m3fn), x[..., :1].float()),
                     ),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)

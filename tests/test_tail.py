@@ -186,7 +186,8 @@ def test_cost_is_one_mean_for_every_block():
 # ------------------------------------------------------------------------------------- the kernel
 
 
-def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch):
+@pytest.mark.parametrize("residual", [None, "model", "fp8"])
+def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         pytest.importorskip("dit_sparse.kernels.dot")
@@ -196,13 +197,16 @@ def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch):
     packed = BlockMask.from_dense(packed.to_dense().to(device), 150, 150, (64, 32))
     kv_len = torch.tensor([150, 70], device=device)
     part = sparse_attention(query, key, value, packed, kv_len=kv_len, return_lse=True)
-    expected = add_tail(*part, query, key, value, packed, kv_len=kv_len, engine="torch")
+    if residual is not None:
+        residual = measure_residual(torch.randn_like(query), query * 0, fp8=residual == "fp8")
+    more = {"kv_len": kv_len, "residual": residual}
+    expected = add_tail(*part, query, key, value, packed, engine="torch", **more)
     alone = tail_attention(query, key, value, packed, kv_len=kv_len, engine="torch")
     key[1, 70:] = value[1, 70:] = float("nan")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(tail_module, "own_engine", lambda *a: "triton")
-    for found, want in zip(add_tail(*part, query, key, value, packed, kv_len=kv_len), expected):
+    for found, want in zip(add_tail(*part, query, key, value, packed, **more), expected):
         close(found, want)
     for found, want in zip(tail_attention(query, key, value, packed, kv_len=kv_len), alone):
         close(found, want)

@@ -78,7 +78,7 @@ def measure_residual(dense: Tensor, sparse: Tensor, fp8: bool = False) -> Correc
     Args:
         fp8: keep it in float8_e4m3fn with a scale for each row of D, not in the dtype of `dense`.
     """
-    residual = dense.float() - sparse.float()
+    residual = (dense.float() - sparse.float()).contiguous()
     if not fp8:
         return Correction(residual.to(dense.dtype))
     largest = residual.abs().amax(-1, keepdim=True)

@@ -1,9 +1,9 @@
 """Sol-Attn: blocks whose mean logit is far below the row's best are told by their means.
 
 From a summary of the method (the paper itself was not found): while the online softmax walks the
-key blocks, a block whose estimated logit, query block on block mean, lies more than a threshold
-below the running maximum is not computed but represented by its mean key and value, weighed by its
-length; Morton order; text exact.
+key blocks, a block whose estimated logit, query block against block mean, lies more than a
+threshold below the running maximum is not computed but represented by its mean key and value,
+weighed by its length; Morton order; text exact.
 Departures, and where it is silent:
 
 - The maximum is that of the row's estimates, found before the walk, and not the running one: the
