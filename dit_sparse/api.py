@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import refuse_missing
-from .config import SparseConfig, whole
+from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .patterns import AUTO, METHODS
@@ -58,12 +58,14 @@ def enable_sparse_attention(
 
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
-        ValueError: an unknown method, an option with a value that is not allowed, or
+        ValueError: an unknown method, an argument or option with a value that is not allowed, or
             a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
     config, name = make_config(method, options)
+    flag("measure", measure)
+    flag("keep_padding", keep_padding)
     if num_steps is not None:
         whole("num_steps", num_steps, 1)
     if config.engine != "auto":

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,7 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
     table = made(tiny := tiny_wan(), tmp_path, lambda: generate(tiny, steps=2))
     with pytest.raises(ValueError, match="density=0.5, got 0.2"):
         SparseVDiT(table=table, block_size=32)
+    assert SparseVDiT(table=Path(table), density=0.5, block_size=32).table == table
     with pytest.raises(ValueError, match="needs table="):
         SparseVDiT()
     with pytest.raises(ValueError, match="no mode table at"):

@@ -21,6 +21,7 @@ Departures, and where the paper is silent:
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -55,10 +56,12 @@ class SparseVDiT(SparseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.table:
+        if isinstance(self.table, Path):
+            object.__setattr__(self, "table", str(self.table))
+        if not self.table or not isinstance(self.table, str):
             raise ValueError(
-                "sparse-vdit needs table=FILE, the modes of each head: make one for your model with"
-                " `dit-sparse calibrate`"
+                f"sparse-vdit needs table=FILE, the modes of each head, got {self.table!r}: make"
+                " one for your model with `dit-sparse calibrate`"
             )
         table = self.load()
         for name in ("density", "order", "block_size"):
