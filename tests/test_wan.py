@@ -413,6 +413,28 @@ def test_a_run_that_costs_more_than_dense_says_so(pipe):
     assert any("times that of dense" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(("steps", "told"), [(1, True), (3, True), (6, False)])
+def test_a_run_that_will_cost_more_than_dense_is_told_at_its_first_step(pipe, caplog, steps, told):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    first = []
+
+    def look(pipe, step, timestep, kwargs):
+        first.append("times that of dense" in caplog.text)
+        return kwargs
+
+    generate(pipe, steps=steps, callback_on_step_end=look)
+    assert first[0] == told
+    assert (handle.report().effective_cost >= 1) == told
+    assert caplog.text.count("times that of dense") == told
+
+
+def test_runs_that_are_dense_on_purpose_are_not_called_costly(pipe, caplog):
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0)
+    generate(pipe, steps=2)
+    assert handle.report().effective_cost == 1 and not handle.report().notes
+    assert "times that of dense" not in caplog.text
+
+
 def test_the_mass_of_an_old_log_sum_exp_is_not_reported(pipe):
     handle = enable_sparse_attention(pipe, density=0.3, search_at=(0.0, 0.5))
     generate(pipe)
