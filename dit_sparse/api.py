@@ -137,11 +137,15 @@ class SparseAttention:
             self._notes,
         )
 
-    def forget_idle(self) -> None:
-        """A run begins: a transformer that has no part in it must not be in its report."""
-        for installed in self._installed:
-            if not installed.state.last:
-                installed.state.forget()
+    def forget_other_runs(self, step: int) -> None:
+        """A run begins: a transformer that has no part in it must not be in its report.
+
+        One that is further than `step` is left from a run that failed.
+        """
+        for state in (installed.state for installed in self._installed):
+            if not state.last or max(call.step for call in state.last.values()) > step:
+                state.drop()
+                state.forget()
 
     def disable(self) -> None:
         """Leave the pipeline as it was; does nothing the second time."""
@@ -221,7 +225,7 @@ class Installation:
         place = latents.device, latents.dtype
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         if self.state.begin(call):
-            self.handle.forget_idle()
+            self.handle.forget_other_runs(step)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
