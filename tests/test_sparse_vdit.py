@@ -154,6 +154,14 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
         SparseVDiT(table=str(tmp_path / "missing.json"))
 
 
+def test_what_is_planned_for_a_batch_is_what_is_kept(tmp_path):
+    pipe = tiny_wan()
+    handle = enable(pipe, made(pipe, tmp_path))
+    generate(pipe, prompt=["a red ball", "a dog"])
+    report = handle.report()
+    assert report.planned_cache_bytes == report.peak_cache_bytes > 0
+
+
 def test_the_command_writes_a_table_that_generate_takes(tmp_path):
     out = tmp_path / "table.json"
     base = ["--pipeline", str(tiny_folder()), "--steps", "2"]

@@ -19,6 +19,7 @@ Departures, and where the paper is silent:
   of its steps. No dense steps by default, as the paper has none on CogVideoX1.5.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +54,7 @@ class SparseVDiT(SparseConfig):
 
     paper: ClassVar[str] = "Sparse-vDiT, arXiv 2506.03065"
     cost: ClassVar[str] = "mean over heads: full 1, skipped 0, else density; no search online"
+    memory: ClassVar[str] = "mask bits H N^2 / 8 bytes a layer and branch, one for all samples"
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,6 +75,9 @@ class SparseVDiT(SparseConfig):
 
     def load(self) -> ModeTable:
         return load_mode_table(self.table, len(MODES))
+
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        return super().cache_bytes((1, *shape[1:]), itemsize)
 
     def find(self, search: Search) -> Found:
         table, grid = self.load(), search.grid
