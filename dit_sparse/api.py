@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import refuse_missing
-from .config import SparseConfig, whole
+from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .patterns import AUTO, METHODS
@@ -58,12 +58,14 @@ def enable_sparse_attention(
 
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
-        ValueError: an unknown method, an option with a value that is not allowed, or
+        ValueError: an unknown method, an argument or option with a value that is not allowed, or
             a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
     config, name = make_config(method, options)
+    flag("measure", measure)
+    flag("keep_padding", keep_padding)
     if num_steps is not None:
         whole("num_steps", num_steps, 1)
     if config.engine != "auto":
@@ -135,11 +137,15 @@ class SparseAttention:
             self._notes,
         )
 
-    def forget_idle(self) -> None:
-        """A run begins: a transformer that has no part in it must not be in its report."""
-        for installed in self._installed:
-            if not installed.state.last:
-                installed.state.forget()
+    def forget_other_runs(self, step: int) -> None:
+        """A run begins: a transformer that has no part in it must not be in its report.
+
+        One that is further than `step` is left from a run that failed.
+        """
+        for state in (installed.state for installed in self._installed):
+            if not state.last or max(call.step for call in state.last.values()) > step:
+                state.drop()
+                state.forget()
 
     def disable(self) -> None:
         """Leave the pipeline as it was; does nothing the second time."""
@@ -219,7 +225,7 @@ class Installation:
         place = latents.device, latents.dtype
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         if self.state.begin(call):
-            self.handle.forget_idle()
+            self.handle.forget_other_runs(step)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(

@@ -189,10 +189,9 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
-        from .config import SparseConfig
         from .generation import check_call, prepare_folder
 
-        SparseConfig(density=density, order=order, block_size=block_size)  # checks them
+        search = ModeSearch(density, order, block_size, weight, epsilon)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -202,7 +201,6 @@ def calibrate_modes(
             raise ValueError("nothing to calibrate on: give --prompt or --prompt-file")
         check_call(pipe, arguments.call)
         prepare_folder(out.parent)
-        search = ModeSearch(density, order, block_size, weight, epsilon)
     with told(FAILURE, debug):
         import torch
 
@@ -272,7 +270,10 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[MethodSpec]":
     from .method_spec import parse_method
 
-    return [parse_method(text, allow_dense) for text in texts or ["auto"]]
+    specs = [parse_method(text, allow_dense) for text in texts or ["auto"]]
+    if len({spec.slug for spec in specs}) < len(specs):  # files are named by it
+        raise ValueError("the same method with the same options was given twice")
+    return specs
 
 
 def given_seeds(seeds: list[int] | None) -> list[int]:

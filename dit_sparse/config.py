@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from .grid import TOKEN_ORDERS
+from .schedule import step_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ class SparseConfig:
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
     # True where sparse outputs are completed by means of the rest; a correction is a residual then.
     tail: ClassVar[bool] = False
+    search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))
@@ -120,6 +122,25 @@ class SparseConfig:
     def correction_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """What a corrected layer keeps beside `cache_bytes`, where that leaves it out."""
         return 0
+
+    def planned_cost(self, num_steps: int, density: float, corrected: float = 0.0) -> float:
+        """Attention cost of a run over that of dense, by its schedule; 1 is as dense.
+
+        Args:
+            density: of sparse calls; above our own where more is always attended.
+            corrected: share of the layers that keep a correction.
+        """
+        found, cost = None, 0.0
+        for step in range(num_steps):
+            kind = step_kind(step, num_steps, self.search_at, found, self.every_step)
+            if kind == "search":
+                fused = self.uses_lse and found is None  # with the dense call that gives the LSE
+                plain = 1.0 if fused else density
+                cost += self.search_cost + corrected * (1 + density) + (1 - corrected) * plain
+                found = step
+            else:
+                cost += 1.0 if kind == "dense" else density
+        return cost / num_steps
 
     def to_dict(self) -> dict:
         return asdict(self)

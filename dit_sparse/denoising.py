@@ -33,8 +33,7 @@ class Denoising:
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
         told = self._told_step()
-        current = getattr(self._pipe(), "_current_timestep", None)
-        current = None if current is self._failed_at else current
+        current = self._timestep_of_pipeline(told)
         if current is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
         current = timestep if current is None else current
@@ -54,11 +53,24 @@ class Denoising:
             )
         return self._step, self._steps_in_all(), self._branch or f"call_{self._calls_in_step}"
 
+    def _timestep_of_pipeline(self, told: int | None) -> Tensor | None:
+        """The loop's own timestep, None where our pipeline does not run.
+
+        A run that failed leaves its timestep behind: where steps go on without it, another runs.
+        """
+        current = getattr(self._pipe(), "_current_timestep", None)
+        if current is self._time and told not in (None, self._step):
+            self._failed_at = current
+        return None if current is self._failed_at else current
+
     def _count(self, current: Tensor) -> bool:
         """Count steps by their timesteps; True where it is that of the last call. One host sync.
 
-        A larger one than before is a new run.
+        A larger one than before is a new run; of one step, each is.
         """
+        if self._steps_in_all() == 1:
+            self._step = 0
+            return False
         now, before = (None if t is None else float(t.max()) for t in (current, self._time))
         if now == before:
             return True

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from .state import Record, State
 
 COSTLY = (
-    "attention cost {:.2f} times that of dense: warm-up and searches take most of so few steps;"
+    "attention costs {:.2f} times that of dense: warm-up and searches take most of so few steps;"
     " generate densely, or search at one step only (search_at=0.2)"
 )
 
@@ -19,7 +19,7 @@ class Report:
             those of dense attention at every step. Computed from the masks that ran.
         density: kept pairs over all pairs, mean over sparse calls; None where none ran.
         kept_mass: share of softmax mass inside the masks; measured at every sparse step with
-            `measure=True`, else known from the searches alone; None where unknown.
+            `measure=True`, else known from searches that ran dense alone; None where unknown.
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
         engines: what computed the sparse calls.
@@ -76,7 +76,7 @@ def make_report(
         measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
     effective_cost = cost / dense_equivalent if dense_equivalent else 0.0
-    if effective_cost >= 1:
+    if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
         notes = [*notes, COSTLY.format(effective_cost)]
     return Report(
         method=method,

@@ -1,5 +1,6 @@
 """One attention call of one layer: dense, search or reuse."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakValueDictionary
@@ -15,9 +16,12 @@ from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.correct import Correction
 from .patterns.search import Search
+from .report import COSTLY
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
 from .tail import add_tail, tail_cost
+
+logger = logging.getLogger(__name__)
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Order = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -87,6 +91,19 @@ class LayerAttention:
                 f" allows {limit / 2**20:.1f} MiB: raise it, or make the batch or video smaller"
                 f" ({self.config.memory})"
             )
+        self._tell_of_cost(query)
+
+    def _tell_of_cost(self, query: Tensor) -> None:
+        """Log at the first call that a run will gain nothing; its report says it of the whole."""
+        call, config = self.state.call, self.config
+        layers = self.state.layers - config.dense_layers
+        if call.step > 0 or len(self.state.last) > 1 or layers < 1:
+            return
+        density = max(config.density, call.grid.forced_share(config.block_size))
+        corrected = self._corrected_layers(query) / layers
+        cost = config.planned_cost(call.num_steps, density, corrected)
+        if cost >= 1:
+            logger.warning(COSTLY.format(cost))
 
     def _sparse_layers(self) -> int:
         return max(self.state.layers - self.config.dense_layers, 0)

@@ -98,6 +98,12 @@ def test_every_public_name_is_there():
         dit_sparse.nothing  # noqa: B018
 
 
+def test_switches_are_true_or_false():
+    for name in ("measure", "keep_padding"):
+        with pytest.raises(ValueError, match=f"{name} is True or False, got 'no'"):
+            enable_sparse_attention(tiny_wan(), **{name: "no"})
+
+
 def test_too_few_steps_are_refused_when_enabling():
     for steps in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="num_steps is a whole number of at least 1"):

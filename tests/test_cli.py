@@ -124,6 +124,7 @@ def test_bad_numbers_are_refused(tmp_path):
     assert "num_inference_steps" in refused(2, *base, "--steps", 0)
     assert "height" in refused(2, *base, "--height", -64)
     assert "2 is given more than once" in refused(2, *base, "--seed", 2, "--seed", 2)
+    assert "given twice" in refused(2, *base, "-m", SMALL, "-m", SMALL)
     assert "--dtype" in refused(2, *base, "--dtype", "int8")
     assert "--device" in refused(2, *base, "--device", "gpu")
 

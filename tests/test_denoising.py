@@ -118,6 +118,12 @@ def test_a_timestep_of_its_own_for_each_guidance_call_is_one_step():
         ]
 
 
+def test_runs_of_one_step_each_begin_anew():
+    model = Denoising(Transformer(), 1)
+    for time in (500.0, 500.0, 400.0):
+        assert model.read(torch.tensor([time])) == (0, 1, "call_0")
+
+
 def test_more_steps_than_were_said_are_refused():
     model = Denoising(Transformer(), 2)
     for time in (900.0, 800.0):

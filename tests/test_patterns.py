@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, DraftAttention, RandomBlocks, Rettention, VideoGrid, Window
+from dit_sparse import (
+    AdaSpa,
+    DraftAttention,
+    RandomBlocks,
+    Rettention,
+    SparseVDiT,
+    VideoGrid,
+    Window,
+)
+from dit_sparse.calibrate import ModeSearch
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
@@ -199,6 +208,10 @@ def test_bad_options_say_what_is_allowed(options, message):
         (Rettention, {"clamp": "no"}, "clamp is True or False"),
         (Rettention, {"pool": 0}, "pool is a whole number"),
         (DraftAttention, {"row_floor": 1.5}, "row_floor is a whole number"),
+        (SparseVDiT, {"table": 5}, "needs table=FILE.*got 5"),
+        (ModeSearch, {"weight": math.nan}, "weight is a number of at least 0, got nan"),
+        (ModeSearch, {"epsilon": "x"}, "epsilon is a number of at least 0, got 'x'"),
+        (ModeSearch, {"order": "hilbert"}, "raster, tile, curve, patch"),
     ],
 )
 def test_bad_options_of_other_methods(method, options, message):
@@ -214,6 +227,7 @@ def test_random_blocks_differ_between_layers_and_searches():
         for layer, step in ((0, 2), (1, 2), (0, 7), (0, 2))
     )
     assert again.equal(first) and not layer.equal(first) and not step.equal(first)
+    assert not RandomBlocks(density=0.3, seed=2**64).find(search).mask.equal(first)
 
 
 def test_a_window_plans_one_mask_for_all_heads():

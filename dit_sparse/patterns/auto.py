@@ -53,6 +53,7 @@ class Auto(SparseConfig):
         " 4 B H S, a layer and branch: 23 GB for HunyuanVideo 720p, cut to max_cache_bytes"
     )
     uses_lse: ClassVar[bool] = True
+    search_cost: ClassVar[float] = 0.5
     tail: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ class RandomBlocks(SparseConfig):
         device = search.query.device
         blocks = search.grid.num_blocks(self.block_size)
         seed = (self.seed * 1_000_003 + search.step) * 1009 + search.layer
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % (2**61 - 1))  # any whole number
         scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
         kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
         most = most_blocks(self.density, blocks)
