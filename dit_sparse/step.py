@@ -96,8 +96,8 @@ class LayerAttention:
     def _tell_of_cost(self, query: Tensor) -> None:
         """Log at the first call that a run will gain nothing; its report says it of the whole."""
         call, config = self.state.call, self.config
-        layers = self.state.layers - config.dense_layers
-        if call.step > 0 or len(self.state.last) > 1 or layers < 1:
+        layers = self._sparse_layers()
+        if call.step > 0 or len(self.state.last) > 1 or not layers:
             return
         density = max(config.density, call.grid.forced_share(config.block_size))
         corrected = self._corrected_layers(query) / layers
