@@ -217,6 +217,59 @@ def calibrate_modes(
     print(f"{out}: {', '.join(shares)}")
 
 
+@app.command("profile")
+def profile_attention(
+    pipeline: Pipeline = None,
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file.")] = Path("profile.json"),
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a pipeline's attention in one dense generation: the fingerprint of a model."""
+    with told(USAGE, debug):
+        from .compare import environment
+        from .fingerprint import profile
+        from .generation import check_call, prepare_folder
+
+        given = read_prompts(prompt, prompt_file)
+        pipe, arguments = open_pipeline(
+            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
+        )
+        prompts = given or list(arguments.prompts[:1])
+        if not prompts:
+            raise ValueError("nothing to generate: give --prompt or --prompt-file")
+        check_call(pipe, arguments.call)
+        prepare_folder(out.parent)
+    with told(FAILURE, debug):
+        import torch
+
+        def run() -> None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
+
+        found = profile(
+            pipe,
+            run,
+            pipeline=pipeline or "samples/wan_tiny (boxed)",
+            call=arguments.call | {"prompts": prompts, "seed": seed},
+            environment=environment(pipe),
+        )
+        found.save(out)
+    if as_json:
+        print(out.read_text(), end="")
+        return
+    print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in found.means().items()))
+
+
 @app.command("methods")
 def list_methods(as_json: Json = False, debug: Debug = False) -> None:
     """The sparse methods, what they are, and their options with defaults."""
