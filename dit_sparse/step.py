@@ -196,8 +196,8 @@ class LayerAttention:
         )
         if not self.config.tail:
             return output, lse
-        more = {"kv_len": kv_len, "engine": engine, "residual": residual}
-        return add_tail(output, lse, query, key, value, mask, **more)
+        given = output, lse, query, key, value, mask
+        return add_tail(*given, kv_len=kv_len, engine=engine, residual=residual)
 
     def _tail_cost(self, mask: BlockMask) -> float:
         return tail_cost(mask) if self.config.tail else 0.0
