@@ -1,4 +1,5 @@
-"""The command line: `dit-sparse generate`, `compare`, `calibrate`, `methods`, `doctor`.
+"""The command line: `dit-sparse generate`, `compare`, `compare-videos`, `report`, `calibrate`,
+`methods`, `doctor`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -50,6 +51,10 @@ Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Frames = Annotated[int | None, typer.Option(help="The pipeline's num_frames.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")]
+LpipsWeights = Annotated[
+    Path | None, typer.Option(help="TORCH_HOME folder that holds torchvision's weights.")
+]
+LpipsNet = Annotated[str, typer.Option(help="alex or vgg.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -70,10 +75,8 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("comparison"),
     device: Device = None,
     dtype: Dtype = None,
-    lpips_weights: Annotated[
-        Path | None, typer.Option(help="TORCH_HOME folder that holds torchvision's weights.")
-    ] = None,
-    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    lpips_weights: LpipsWeights = None,
+    lpips_net: LpipsNet = "alex",
     measure: Annotated[bool, typer.Option(help="Measure the kept mass.")] = True,
     measure_floor: Annotated[
         bool, typer.Option("--measure-floor", help="Measure noise floor and chance here.")
@@ -82,7 +85,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Dense against sparse, same prompts, seeds and noise: videos, sheets, a table, report.json."""
+    """Dense against sparse, same prompts, seeds and noise: videos, sheets, a table, report.html."""
     with told(USAGE, debug):
         from .compare import Comparison
         from .metrics import Lpips
@@ -109,6 +112,49 @@ def compare(
         comparison.prepare()
     with told(FAILURE, debug, lambda: kept_by(comparison)):
         report = comparison.run()
+    if as_json:
+        print(json.dumps(report))
+        return
+    show_comparison(report, out)
+
+
+@app.command("report")
+def rebuild_report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `compare` wrote.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page. [default: report.html, in a lone FOLDER]"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """One page, report.html, from one or several finished comparisons."""
+    with told(USAGE, debug):
+        from .generation import prepare_folder
+        from .page import write_page
+
+        out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+        prepare_folder(out.parent)
+        print(f"page: {write_page(folders, out)}")
+
+
+@app.command("compare-videos")
+def compare_finished_videos(
+    reference: Annotated[Path, typer.Argument(help="Video file, gif or folder of images.")],
+    videos: Annotated[list[Path], typer.Argument(help="What is compared with it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("comparison"),
+    lpips_weights: LpipsWeights = None,
+    lpips_net: LpipsNet = "alex",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Videos against a reference: the same metrics and page, whatever made them."""
+    with told(USAGE, debug):
+        from .compare_videos import compare_videos
+        from .generation import prepare_folder
+        from .metrics import Lpips
+
+        lpips = Lpips(lpips_weights, lpips_net)
+        report = compare_videos(reference, videos, prepare_folder(out), lpips)
     if as_json:
         print(json.dumps(report))
         return
@@ -411,17 +457,22 @@ def generate_all(
 
 def kept_by(comparison: "Comparison") -> str:
     count = sum(len(comparison.report.get(part, ())) for part in ("dense", "runs"))
-    return f"{count} finished videos and report.json are in {comparison.out}." if count else ""
+    if not count:
+        return ""
+    return (
+        f"{count} finished videos and report.json are in {comparison.out};"
+        f" `dit-sparse report {comparison.out}` makes a page of them."
+    )
 
 
 def show_comparison(report: dict[str, Any], out: Path) -> None:
     from .table import print_table
 
     print_table(report, Console())
-    print(f"videos: {out / 'videos'}")
-    for sheet in dict.fromkeys(run["sheet"] for run in report["runs"]):
+    for sheet in dict.fromkeys(run["sheet"] for run in report["runs"] if run.get("sheet")):
         print(f"sheet:  {out / sheet}")
-    print(f"report: {out / 'report.json'}")
+    print(f"data:   {out / 'report.json'}")
+    print(f"page:   {out / 'report.html'}")
 
 
 def main() -> None:

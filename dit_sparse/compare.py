@@ -1,12 +1,14 @@
 """Dense against sparse: the same prompts, seeds and noise, measured and put side by side.
 
-Writes into a folder: `videos/` (mp4 and gif), `sheets/` (PNG), `traces/` (density and kept mass per
-branch, step, layer and head) and `report.json`, schema 1. The report is written again after every
+Writes into a folder: `videos/` (mp4 and gif), `frames/` (lossless WebP), `sheets/` (PNG),
+`traces/` (density and kept mass per branch, step, layer and head; block maps of the first clip),
+`report.json`, schema 1, and at the end `report.html`. report.json is written again after every
 clip, so that an interrupted comparison keeps all that it finished.
 """
 
 import copy
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +25,9 @@ from .generation import Clip, check_call, enable, generate_clip, prepare_folder,
 from .loading import CallArguments
 from .method_spec import MethodSpec
 from .metrics import ClipMetrics, Lpips, compare_clips
+from .page import write_page
 from .progress import Steps
-from .video import write_gif, write_mp4, write_sheet
+from .video import write_frames, write_gif, write_mp4, write_sheet
 
 SCHEMA = 1
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "torchmetrics")
@@ -78,7 +81,7 @@ class Comparison:
         for method in self.methods:
             enable(self.pipe, method).disable()
         self.out = prepare_folder(self.out)
-        for folder in ("videos", "sheets", "traces"):
+        for folder in ("videos", "frames", "sheets", "traces"):
             prepare_folder(self.out / folder)
 
     def run(self) -> dict[str, Any]:
@@ -94,12 +97,13 @@ class Comparison:
                 self.measure_floor_and_chance(dense)
         self.report["complete"] = True
         self.write()
+        write_page([self.out], self.out / "report.html")
         return self.report
 
     def header(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "command": " ".join(["dit-sparse", *sys.argv[1:]]),
+            "command": shlex.join(["dit-sparse", *sys.argv[1:]]),
             "complete": False,
             "pipeline": {
                 "source": self.source,
@@ -108,12 +112,7 @@ class Comparison:
                 "fps": self.arguments.fps,
             },
             "environment": environment(self.pipe),
-            "metrics": {
-                "psnr": "mean squared error of the whole clip, peak 1",
-                "ssim": "per frame, Gaussian 11, sigma 1.5, averaged",
-                "lpips_net": self.lpips.net if self.lpips else None,
-                "lpips_missing": self.lpips.reason if self.lpips else "not asked for",
-            },
+            "metrics": metrics_in_words(self.lpips),
             "noise_floor": self.arguments.noise_floor,
             "chance": self.arguments.chance,
             "dense": [],
@@ -143,6 +142,7 @@ class Comparison:
                 method,
                 self.measure,
                 tick,
+                maps=len(self.report["dense"]) == 1,  # of the first prompt and seed
             )
         self.steps.say(f"{label}: {clip.seconds:.1f} s, prompt {prompt}, seed {seed}")
         return clip
@@ -158,7 +158,7 @@ class Comparison:
                 "seed": seed,
                 "seconds": dense.seconds,
                 "peak_bytes": dense.peak_bytes,
-                "video": self.save_video(dense_id, dense.frames),
+                **self.save_clip(dense_id, dense.frames),
             }
         )
         self.write()
@@ -180,7 +180,8 @@ class Comparison:
         sparse, call = clip.sparse, self.arguments.call
         run_id = f"p{prompt:02d}-s{seed}-{method.slug}"
         trace = f"traces/{run_id}.json"
-        write_json(self.out / trace, {"schema": SCHEMA, "id": run_id, "trace": sparse.trace})
+        stored = {"schema": SCHEMA, "id": run_id, "trace": sparse.trace, "maps": sparse.maps}
+        write_json(self.out / trace, stored)
         return {
             "id": run_id,
             "dense_id": f"p{prompt:02d}-s{seed}-dense",
@@ -200,14 +201,15 @@ class Comparison:
             "peak_cache_bytes": sparse.peak_cache_bytes,
             "notes": list(sparse.notes),
             **metrics.as_dict(),
-            "video": self.save_video(run_id, clip.frames),
+            **self.save_clip(run_id, clip.frames),
             "trace": trace,
         }
 
-    def save_video(self, name: str, frames: np.ndarray) -> str:
+    def save_clip(self, name: str, frames: np.ndarray) -> dict[str, str]:
         write_mp4(self.out / "videos" / f"{name}.mp4", frames, self.arguments.fps)
         write_gif(self.out / "videos" / f"{name}.gif", frames, self.arguments.fps)
-        return f"videos/{name}.mp4"
+        write_frames(self.out / "frames" / name, frames)
+        return {"video": f"videos/{name}.mp4", "frames": f"frames/{name}"}
 
     def measure_floor_and_chance(self, dense: Clip) -> None:
         """More dense runs of the first prompt: other numerics, and another seed."""
@@ -243,6 +245,15 @@ class Comparison:
         return [dtype, "bfloat16"], dense.frames, second.frames
 
 
+def metrics_in_words(lpips: Lpips | None) -> dict[str, Any]:
+    return {
+        "psnr": "mean squared error of the whole clip, peak 1",
+        "ssim": "per frame, Gaussian 11, sigma 1.5, averaged",
+        "lpips_net": lpips.net if lpips else None,
+        "lpips_missing": lpips.reason if lpips else "not asked for",
+    }
+
+
 def in_bfloat16(model: torch.nn.Module) -> torch.nn.Module:
     """A copy as `from_pretrained` in bfloat16 gives it: the layers that diffusers names stay."""
     low = copy.deepcopy(model)
@@ -266,14 +277,20 @@ def environment(pipe: Any) -> dict[str, Any]:
     device = torch.device(pipe.device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: installed_version(name) for name in PACKAGES},
+        **software(),
         "device": str(device),
         "gpu": gpu,
         "cpu_threads": torch.get_num_threads(),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
+    }
+
+
+def software() -> dict[str, Any]:
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
     }
 
 

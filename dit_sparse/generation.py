@@ -37,6 +37,7 @@ def generate_clip(
     method: MethodSpec | None = None,
     measure: bool = True,
     on_step: Callable[[], None] | None = None,
+    maps: bool = False,
 ) -> Clip:
     """Generate one clip, dense or with a sparse method; the pipeline is afterwards as it was.
 
@@ -45,6 +46,7 @@ def generate_clip(
         call: keyword arguments of the pipeline.
         measure: let the method measure its kept mass, which takes a little time.
         on_step: called after each denoising step.
+        maps: let the report show the last mask of every layer.
 
     Raises:
         RuntimeError: the frames hold NaN or infinity.
@@ -53,6 +55,8 @@ def generate_clip(
     if method is None or method.name == DENSE:
         return timed_call(pipe, prompt, seed, call, on_step)
     handle = enable(pipe, method, measure)
+    for installed in handle._installed if maps else ():
+        installed.state.masks = {}
     try:
         clip = timed_call(pipe, prompt, seed, call, on_step)
         return Clip(clip.frames, clip.seconds, clip.peak_bytes, handle.report())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .block_map import pack_maps
 from .state import Record, State
 
 COSTLY = (
@@ -28,6 +29,7 @@ class Report:
         notes: what ran otherwise than asked, and why.
         trace: one entry per attention call: branch, step, layer, kind, density and kept_mass
             per head.
+        maps: the last mask of each branch and layer as a small picture, where they were asked for.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Report:
     planned_cache_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     trace: list[dict] = field(default_factory=list, repr=False)
+    maps: list[dict] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         def percent(value: float | None) -> str:
@@ -93,6 +96,7 @@ def make_report(
         planned_cache_bytes=sum(state.planned_bytes for state in states),
         notes=list(notes),
         trace=trace,
+        maps=[entry for state in states for entry in _maps(state)],
     )
 
 
@@ -105,6 +109,13 @@ def _entry(record: Record) -> dict:
         "density": None if record.density is None else record.density.tolist(),
         "kept_mass": None if record.kept_mass is None else record.kept_mass.tolist(),
     }
+
+
+def _maps(state: State) -> list[dict]:
+    return [
+        {"branch": branch, "layer": layer, "step": step, **pack_maps(mask)}
+        for (branch, layer), (step, mask) in (state.masks or {}).items()
+    ]
 
 
 def _mean(values: list[float] | None, default=None):

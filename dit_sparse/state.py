@@ -75,7 +75,8 @@ class Record:
 class State:
     """State of one transformer in one run, keyed by branch and layer.
 
-    `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most.
+    `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
+    `masks` holds the last mask of each branch and layer, and its step, where it is not None.
     """
 
     call: Call | None = None
@@ -87,6 +88,7 @@ class State:
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
+    masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -110,6 +112,7 @@ class State:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
         self.planned_bytes = 0
+        self.masks = None if self.masks is None else {}
 
     def drop(self) -> None:
         """Free what is kept; the trace stays for the report until the next run begins."""
@@ -119,4 +122,6 @@ class State:
     def keep(self, layer: int, kept: Kept) -> None:
         assert self.call is not None
         self.kept[self.call.branch, layer] = kept
+        if self.masks is not None:
+            self.masks[self.call.branch, layer] = kept.found_at, kept.mask
         self.peak_bytes = max(self.peak_bytes, sum(entry.nbytes() for entry in self.kept.values()))

@@ -1,4 +1,4 @@
-"""Frames to files: mp4, gif, and a sheet that puts dense, sparse and their difference side by side.
+"""Frames to files: mp4, gif, lossless WebP frames, and a sheet of dense, sparse and difference.
 
 Every file is written beside its place and renamed, so that a file with the final name is whole.
 """
@@ -91,6 +91,17 @@ def write_gif(path: str | Path, frames: np.ndarray, fps: float) -> None:
             duration=duration,
             loop=0,
         )
+
+
+def write_frames(folder: str | Path, frames: np.ndarray) -> None:
+    """Write frames (T, H, W, 3) as lossless WebP files, one a frame, in place of earlier ones."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("[0-9][0-9][0-9][0-9].webp"):
+        stale.unlink()
+    for number, frame in enumerate(to_uint8(frames)):
+        with whole_file(folder / f"{number:04d}.webp") as part:
+            Image.fromarray(frame).save(part, format="WEBP", lossless=True)
 
 
 def write_sheet(

@@ -1,0 +1,86 @@
+"""Finished videos against a reference: the report of `compare` without what only a run knows."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .compare import SCHEMA, metrics_in_words, software
+from .generation import write_json
+from .metrics import Lpips, compare_clips
+from .page import write_page
+from .read_video import Video, read_video
+from .video import write_frames
+
+DEFAULT_FPS = 16
+OF_A_RUN = "density effective_cost kept_mass seconds peak_bytes guidance steps trace seed video"
+
+
+def compare_videos(
+    reference: Path, videos: Sequence[Path], out: Path, lpips: Lpips | None = None
+) -> dict[str, Any]:
+    """Compare videos (files or folders of images) with a reference; writes report and page.
+
+    Raises:
+        FileNotFoundError: a video is not there.
+        ValueError: a video cannot be read, or differs from the reference in frames or size.
+    """
+    names = short_names([reference, *videos])
+    first = read_video(reference)
+    write_frames(out / "frames" / "00", first.frames)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": shlex.join(["dit-sparse", *sys.argv[1:]]),
+        "complete": True,
+        "pipeline": None,
+        "environment": software(),
+        "metrics": metrics_in_words(lpips),
+        "noise_floor": None,
+        "chance": None,
+        "dense": [{**entry(0, names[0]), "seconds": None}],
+        "runs": [],
+    }
+    for number, path in enumerate(videos, start=1):
+        video = read_video(path)
+        refuse_other_shape(path, video, reference, first)
+        write_frames(out / "frames" / f"{number:02d}", video.frames)
+        metrics = compare_clips(first.frames, video.frames, lpips).as_dict()
+        run = {
+            **dict.fromkeys(OF_A_RUN.split()),
+            **entry(number, names[number]),
+            "dense_id": "00",
+            "method": "video",
+            "config": {},
+            "size": list(video.frames.shape[:3]),
+            "fps": first.fps or video.fps or DEFAULT_FPS,
+            "notes": [],
+            **metrics,
+        }
+        report["runs"].append(run)
+    write_json(out / "report.json", report)
+    write_page([out], out / "report.html")
+    return report
+
+
+def entry(number: int, name: str) -> dict[str, Any]:
+    name_on_disk = f"{number:02d}"
+    return {
+        "id": name_on_disk,
+        "label": name,
+        "prompt": None,
+        "frames": f"frames/{name_on_disk}",
+    }
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """File names, or whole paths where two names are the same."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def refuse_other_shape(path: Path, video: Video, reference: Path, first: Video) -> None:
+    ours, theirs = video.frames.shape[:3], first.frames.shape[:3]
+    if ours != theirs:
+        told = [f"{count} frames of {width}x{height}" for count, height, width in (ours, theirs)]
+        raise ValueError(f"{path} has {told[0]} and {reference} has {told[1]}: they must be equal")
