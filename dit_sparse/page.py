@@ -16,7 +16,17 @@ from .video import whole_file
 
 TEMPLATES = Path(__file__).parent / "page"
 STYLES = ("page.css",)
-SCRIPTS = ("base.js", "player.js", "figures.js", "maps.js", "page.js")
+SCRIPTS = (
+    "base.js",
+    "player.js",
+    "curve.js",
+    "table.js",
+    "tradeoff.js",
+    "maps.js",
+    "blocks.js",
+    "origin.js",
+    "page.js",
+)
 
 
 def write_page(folders: list[Path], out: Path) -> Path:

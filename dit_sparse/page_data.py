@@ -16,7 +16,7 @@ from .table import average, figures, remarks
 SCHEMA = 1
 OF_RUN = (
     "label config seed steps size density effective_cost kept_mass seconds peak_bytes "
-    "peak_cache_bytes psnr ssim lpips psnr_per_frame identical notes"
+    "peak_cache_bytes psnr ssim lpips identical notes"
 ).split()
 OF_REPORT = "command complete pipeline environment metrics noise_floor chance".split()
 
@@ -69,7 +69,9 @@ def page_data(folders: list[Path], budget: int = FRAMES_BYTES) -> dict[str, Any]
     for folder in folders:
         try:
             book.add(folder)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except BadReportError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise BadReportError(
                 f"{folder / 'report.json'} is not what `dit-sparse compare` writes"
                 f" ({type(error).__name__}: {error})"
@@ -123,6 +125,7 @@ class PageBook:
         cell["runs"].append(
             {
                 **{key: run.get(key) for key in OF_RUN},
+                "psnr_per_frame": list(run["psnr_per_frame"]),
                 "report": number,
                 "dense_label": dense.get("label") or "dense",
                 "dense_seconds": dense["seconds"],

@@ -93,7 +93,7 @@ def describe(
 ) -> str:
     kind = "lossless WebP" if quality is None else f"WebP of quality {quality}"
     size = "" if scale == 1 else f" at {scale:g} of their width and height"
-    lines = [f"Frames shown here are {kind}{size}; every figure is of the frames as generated."]
+    lines = [f"Frames shown here are {kind}{size}; every figure is of the original frames."]
     if not all(clip.exact for clip in clips):
         lines.append("Some were read from compressed video, whose traces the difference shows too.")
     elif quality is not None:

@@ -75,7 +75,20 @@ def test_files_of_the_report_exist_and_nothing_is_half_written(finished):
         trace = json.loads((out / run["trace"]).read_text())["trace"]
         assert {entry["kind"] for entry in trace} <= {"dense", "search", "reuse"}
         assert (out / run["sheet"]).is_file()
+        assert len(list((out / run["frames"]).iterdir())) == run["size"][0]
+    assert (out / "report.html").is_file()
     assert not list(out.rglob(".part*"))
+
+
+def test_the_last_masks_of_the_first_clip_are_kept_as_maps(finished):
+    out, report = finished
+    traces = [json.loads((out / run["trace"]).read_text()) for run in report["runs"]]
+    sparse, full, *of_second_seed = traces
+    places = [(entry["branch"], entry["layer"]) for entry in sparse["maps"]]
+    assert places == [(branch, layer) for branch in ("cond", "uncond") for layer in range(2)]
+    searches = [entry["step"] for entry in sparse["trace"] if entry["kind"] == "search"]
+    assert {entry["step"] for entry in sparse["maps"]} == {max(searches)}
+    assert full["maps"] == [] and [trace["maps"] for trace in of_second_seed] == [[], []]
 
 
 def test_density_one_is_identical_to_dense_and_sparse_is_not(finished):

@@ -1,4 +1,4 @@
-"""What a page holds: exact frames, figures, traces; words that stay words; paths that stay in."""
+"""What a page holds: exact frames, figures, traces; words that stay words, paths that stay in."""
 
 import base64
 import io

@@ -1,6 +1,7 @@
 """The page in a headless Chromium: it plays, scrubs, wipes, subtracts, and shows words as words."""
 
 import importlib.util
+import json
 import os
 import shutil
 import time
@@ -8,7 +9,9 @@ import time
 import pytest
 from tiny_report import FRAMES, HOSTILE, save_tiny_report, tiny_frames
 
+from dit_sparse.compare_videos import compare_videos
 from dit_sparse.page import write_page
+from dit_sparse.video import write_frames
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -175,6 +178,8 @@ def test_a_layer_is_chosen_in_the_list_and_on_the_map(browser):
     before = browser.execute_script(kept)
     click(browser, "#heat rect[data-step='3'][data-layer='0']")
     assert text(browser, "#place") == "Step 3, layer 0, cond"
+    click(browser, "#map-quantity button[data-quantity='density']")
+    assert "key blocks" in text(browser, "#legend")
     assert browser.execute_script(kept) < before  # layer 0 keeps fewer blocks
     browser.find_element("id", "heat").send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert text(browser, "#place") == "Step 1, layer 0, cond" and frame(browser) == 0
@@ -204,6 +209,33 @@ def test_words_of_the_data_are_shown_and_never_run(browser):
     until(lambda: browser.execute_script("return document.body.dataset.ready === '1'"))
     loaded = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
     assert [name for name in browser.execute_script(loaded) if not name.startswith("data:")] == []
+
+
+def test_a_report_without_a_finished_clip_says_so(browser, tmp_path):
+    folder = save_tiny_report(tmp_path / "none")
+    report = json.loads((folder / "report.json").read_text())
+    report |= {"runs": [], "complete": False}
+    (folder / "report.json").write_text(json.dumps(report))
+    browser.get(write_page([folder], folder / "report.html").as_uri())
+    assert "No clip" in text(browser, "h1") and "interrupted" in text(browser, ".warning")
+    press(browser, " ")
+
+
+def test_several_reports_and_videos_share_a_page(browser, page, tmp_path):
+    folder = save_tiny_report(tmp_path / "again")
+    report = json.loads((folder / "report.json").read_text())
+    report["runs"] = report["runs"][:1]
+    (folder / "report.json").write_text(json.dumps(report))
+    write_frames(tmp_path / "a", tiny_frames(0))
+    write_frames(tmp_path / "b", tiny_frames(1))
+    compare_videos(tmp_path / "a", [tmp_path / "b"], tmp_path / "videos")
+    folders = [folder, tmp_path / "videos"]
+    browser.get(write_page(folders, tmp_path / "all.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    press(browser, "n")
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '1'"))
+    assert text(browser, "h1") == "b against a"
+    assert len(browser.find_elements("css selector", "tr.report")) == 2
 
 
 def test_keys_are_listed_and_a_small_window_has_everything(browser):

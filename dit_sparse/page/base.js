@@ -30,9 +30,14 @@ function fixed(value, digits) {
   return isNumber(value) ? value.toFixed(digits) : "–";
 }
 
-function mebibytes(value) {
+function memory(value) {
   if (!isNumber(value)) return "–";
-  return value >= 2 ** 30 ? `${fixed(value / 2 ** 30, 2)} GiB` : `${fixed(value / 2 ** 20, 1)} MiB`;
+  const [unit, size] = [
+    ["GiB", 2 ** 30],
+    ["MiB", 2 ** 20],
+    ["KiB", 2 ** 10],
+  ].find(([, size]) => value >= size) || ["B", 1];
+  return `${fixed(value / size, size > 2 ** 20 ? 2 : 1)} ${unit}`;
 }
 
 function plural(count, word) {
@@ -64,6 +69,13 @@ for (const cell of data.cells) {
 
 function tintOf(report, label) {
   return `t${Math.max(0, series.indexOf(`${report}\n${label}`)) % TINTS}`;
+}
+
+// The label of a run, and where it comes from if there is a choice.
+function whose(run) {
+  return data.reports.length > 1
+    ? `${run.label} (${data.reports[run.report].name})`
+    : String(run.label);
 }
 
 function swatch(tint) {

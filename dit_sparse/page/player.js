@@ -30,12 +30,19 @@ function forgetOthers(clips) {
   for (const [clip, frames] of bitmaps) {
     if (clips.has(clip)) continue;
     bitmaps.delete(clip);
-    frames.then((images) => images.forEach((image) => image.close()), () => {});
+    frames.then(
+      (images) => images.forEach((image) => image.close()),
+      () => {},
+    );
   }
 }
 
 async function showCell(index) {
-  if (!data.cells.length) return;
+  if (!data.cells.length) {
+    $("player").classList.add("empty");
+    $("prompt").textContent = "No clip was finished";
+    return;
+  }
   player.index = (index + data.cells.length) % data.cells.length;
   player.cell = data.cells[player.index];
   player.frames = player.cell.size[0];
@@ -120,7 +127,9 @@ function rowHead(run, now) {
 
 function secondsOf(run) {
   if (!isNumber(run.seconds)) return "–";
-  const ratio = isNumber(run.dense_seconds) ? ` (${fixed(run.dense_seconds / run.seconds, 2)}×)` : "";
+  const ratio = isNumber(run.dense_seconds)
+    ? ` (${fixed(run.dense_seconds / run.seconds, 2)}×)`
+    : "";
   return `${fixed(run.seconds, 1)} s${ratio}`;
 }
 
@@ -183,9 +192,9 @@ function fit() {
   const [, height, width] = player.cell.size;
   const columns = { side: 2, wipe: 1, difference: 3 }[player.view];
   const room = (player.rows[0].stage.clientWidth - 16 * (columns - 1)) / columns;
-  const tallest = innerHeight * (player.rows.length === 1 ? 0.56 : 0.42);
+  const tallest = innerHeight * (player.rows.length === 1 || player.view === "wipe" ? 0.6 : 0.46);
   const exact = Math.min(room / width, tallest / height);
-  const scale = exact >= 1 ? Math.floor(exact) : exact;
+  const scale = exact >= 2 ? Math.floor(exact) : exact;
   $("rows").style.setProperty("--width", `${Math.round(width * scale)}px`);
   $("rows").style.setProperty("--height", `${Math.round(height * scale)}px`);
   $("rows").classList.toggle("enlarged", scale >= 2);
@@ -288,24 +297,32 @@ function describeCell(cell) {
 
 function titleOf(cell) {
   if (typeof cell.prompt === "string") return cell.prompt;
-  return cell.runs.length === 1 ? `${cell.runs[0].label} against ${cell.runs[0].dense_label}` : `${cell.runs.length} videos against ${cell.runs[0].dense_label}`;
+  return cell.runs.length === 1
+    ? `${cell.runs[0].label} against ${cell.runs[0].dense_label}`
+    : `${cell.runs.length} videos against ${cell.runs[0].dense_label}`;
 }
 
 function startPlayer() {
   const names = data.cells.map((cell, i) =>
-    make("option", { value: i }, `${i + 1}. ${titleOf(cell)}${isNumber(cell.seed) ? `, seed ${cell.seed}` : ""}`),
+    make(
+      "option",
+      { value: i },
+      `${i + 1}. ${titleOf(cell)}${isNumber(cell.seed) ? `, seed ${cell.seed}` : ""}`,
+    ),
   );
   $("cell").append(...names);
   $("clips").hidden = data.cells.length < 2;
   $("cell").addEventListener("change", () => showCell(Number($("cell").value)));
   $("clip-before").addEventListener("click", () => showCell(player.index - 1));
   $("clip-after").addEventListener("click", () => showCell(player.index + 1));
-  $("views").addEventListener("click", (event) => event.target.dataset.view && setView(event.target.dataset.view));
+  $("views").addEventListener(
+    "click",
+    (event) => event.target.dataset.view && setView(event.target.dataset.view),
+  );
   $("gain").addEventListener("change", () => setGain(Number($("gain").value)));
   $("play").addEventListener("click", () => setPlaying(!player.playing));
   $("back").addEventListener("click", () => stepBy(-1));
   $("forward").addEventListener("click", () => stepBy(1));
   $("scrub").addEventListener("input", () => seek(Number($("scrub").value)));
   $("speed").addEventListener("change", () => setSpeed($("speed").value));
-  if (!data.cells.length) $("player").replaceChildren(make("h1", {}, "No finished clips"));
 }
