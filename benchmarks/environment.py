@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: version_of(name) for name in ("triton", "diffusers", "flash-attn-4")},
         "commit": commit or commit_here(),
     }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def commit_here() -> str:

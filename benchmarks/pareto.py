@@ -95,7 +95,7 @@ class Runner:
         self.test.dense = self.frames(self.test)
         with enable_sparse_attention(self.pipe, density=1.0):
             self.latents(self.test)  # not the first call, which loads things
-            self.dense_seconds = self.attention_seconds(self.test)
+            self.dense_seconds, _ = self.timed(self.test)
 
     def generate(self, clips, output_type, seed_offset=0):
         generators = [
@@ -113,13 +113,13 @@ class Runner:
     def frames(self, clips, seed_offset=0):
         """(N, T, H, W, 3) in [0, 1]."""
         frames = self.generate(clips, "pt", seed_offset)  # (N, T, 3, H, W)
-        return frames.permute(0, 1, 3, 4, 2).float().cpu()
+        return frames.permute(0, 1, 3, 4, 2).float()
 
-    def attention_seconds(self, clips):
-        """Seconds inside self-attention, search and token order included, of one generation."""
+    def timed(self, clips):
+        """Seconds inside self-attention, search included, of one generation; and its frames."""
         with attention_clock(self.device) as total:
-            self.latents(clips)
-        return total()
+            frames = self.frames(clips)
+        return total(), frames
 
     def tune(self, config):
         """Cost and latent error on the tuning prompts."""
@@ -132,9 +132,8 @@ class Runner:
     def score(self, method, config, **more):
         """One record: the method on the test prompts."""
         with enable_sparse_attention(self.pipe, config) as handle:
-            frames = self.frames(self.test)
+            seconds, frames = self.timed(self.test)
             report = handle.report()
-            seconds = self.attention_seconds(self.test)
         with enable_sparse_attention(self.pipe, config, measure=True) as handle:
             self.latents(self.tuning)
             kept_mass = handle.report().kept_mass

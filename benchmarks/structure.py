@@ -5,10 +5,11 @@
 
 Along dense trajectories, per layer and head, among the video's own keys: softmax mass that the best
 blocks of each row keep, over density; how much less the same number of blocks keeps when chosen
-from pooled queries and keys, from 16 of 64 query rows, by nearness in space and time, or from an
-early step; and how much the masks of prompts, heads and layers have in common. If pooled selection
-never missed and early masks never aged, all methods would look alike. Also draws block maps of
-every layer and head, and the curves where matplotlib is installed.
+from pooled queries and keys (along the curve, and in raster order), from 16 of 64 query rows, by
+nearness in space and time, or from an early step; and how much the masks of prompts, heads and
+layers have in common. If pooled selection never missed and early masks never aged, all methods
+would look alike. Also draws block maps of every layer and head, and the curves where matplotlib is
+installed.
 """
 
 import argparse
@@ -59,6 +60,10 @@ def normal(mass):
     return mass / mass.sum(-1, keepdim=True)
 
 
+def pooled_scores(query, key):
+    return block_pool(query, BLOCK) @ block_pool(key, BLOCK).mT
+
+
 def sampled_mass(query, key, lse):
     """Block mass by every fourth query row alone."""
     stride = BLOCK // SAMPLED
@@ -85,6 +90,7 @@ class Probe:
         grid = VideoGrid(call.grid.frames, call.grid.height, call.grid.width)
         _, lse = dense_attention_with_lse(query, key, value)
         raster = normal(block_mass(query, key, lse, (BLOCK, BLOCK)))
+        raster_pooled = best_blocks(pooled_scores(query, key))
         index = token_order(grid, "curve", BLOCK)[0].to(query.device)
         query, key, lse = query[:, index], key[:, index], lse[..., index]
         mass = normal(block_mass(query, key, lse, (BLOCK, BLOCK)))
@@ -92,7 +98,7 @@ class Probe:
         early = self.early.setdefault(call.branch, exact)
         near = nearness(grid, "curve", BLOCK).to(mass)[0, 0]
         masks = {
-            "pooled": best_blocks(block_pool(query, BLOCK) @ block_pool(key, BLOCK).mT),
+            "pooled": best_blocks(pooled_scores(query, key)),
             "sampled": best_blocks(sampled_mass(query, key, lse)),
             "window": best_blocks(near),
             "early": early,
@@ -103,6 +109,7 @@ class Probe:
             "layer": self.layer,
             "exact": {d: kept(mass, best_blocks(mass, d)) for d in DENSITIES},
             "exact_raster": kept(raster, best_blocks(raster)),
+            "pooled_raster": kept(raster, raster_pooled),
             **{name: kept(mass, mask) for name, mask in masks.items()},
         })  # fmt: skip
         if "cond" in call.branch.split("_") and call.step == self.early_step + EVERY:
@@ -127,6 +134,7 @@ def summary(rows):
         layers[layer] = {
             "exact": exact,
             "exact_raster": mean(row["exact_raster"] for row in mine),
+            "pooled_raster_misses": lost(mine, "exact_raster", "pooled_raster"),
             **{f"{name}_misses": misses(mine, name) for name in CHOICES[:3]},
             "early_misses_by_step": {
                 step: misses([row for row in mine if row["step"] == step], "early")
@@ -135,7 +143,8 @@ def summary(rows):
             "early_misses_at_the_end": misses(late, "early"),
         }
     heads = [value for layer in layers.values() for value in layer["exact"][DENSITY]]
-    names = [*(f"{name}_misses" for name in CHOICES[:3]), "early_misses_at_the_end"]
+    names = [*(f"{name}_misses" for name in ("pooled", "pooled_raster", "sampled", "window"))]
+    names += ["early_misses_at_the_end"]
     return {
         "kept_mass": {
             d: average(layer["exact"][d] for layer in layers.values()) for d in DENSITIES
@@ -161,8 +170,13 @@ def average(lists):
 
 def misses(rows, name):
     """Points of mass by which a choice falls short of the exact one, one number a head."""
-    lost = torch.tensor([row["exact"][DENSITY] for row in rows])
-    return (lost - torch.tensor([row[name] for row in rows])).mean(0).tolist()
+    exact = [{"exact": row["exact"][DENSITY], name: row[name]} for row in rows]
+    return lost(exact, "exact", name)
+
+
+def lost(rows, best, choice):
+    """Mean over rows of what `choice` keeps less than `best`, one number a head."""
+    return mean([b - c for b, c in zip(row[best], row[choice])] for row in rows)
 
 
 def overlaps(masses):

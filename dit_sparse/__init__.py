@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .grid import VideoGrid
     from .patterns import (
         AdaSpa,
+        Auto,
         DFSAttn,
         DraftAttention,
         RandomBlocks,
         Rettention,
+        SolAttn,
         SparseVDiT,
         Window,
     )
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaSpa",
+    "Auto",
     "BlockMask",
     "DFSAttn",
     "DraftAttention",
     "RandomBlocks",
     "Rettention",
+    "SolAttn",
     "SparseAttention",
     "SparseVDiT",
     "UnsupportedPipelineError",
@@ -53,11 +57,13 @@ __all__ = [
 
 _CORE = {  # needs torch alone; every other name lives in api and needs diffusers
     "AdaSpa": "patterns",
+    "Auto": "patterns",
     "BlockMask": "block_mask",
     "DFSAttn": "patterns",
     "DraftAttention": "patterns",
     "RandomBlocks": "patterns",
     "Rettention": "patterns",
+    "SolAttn": "patterns",
     "SparseVDiT": "patterns",
     "VideoGrid": "grid",
     "Window": "patterns",

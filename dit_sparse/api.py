@@ -11,12 +11,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .attention import refuse_missing_triton
-from .config import SparseConfig
+from .attention import refuse_missing
+from .config import SparseConfig, flag, whole
 from .denoising import Denoising
-from .grid import VideoGrid, token_order
+from .grid import VideoGrid, order_patches, token_order
 from .patterns import AUTO, METHODS
-from .pipelines.family import Family, Undo, families, family_of, refusal_of
+from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -58,14 +58,18 @@ def enable_sparse_attention(
 
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
-        ValueError: an unknown method, an option with a value that is not allowed, or
-            engine="triton" on a machine where it cannot run.
+        ValueError: an unknown method, an argument or option with a value that is not allowed, or
+            a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, or sharded over several GPUs.
     """
     config, name = make_config(method, options)
-    if config.engine == "triton":
-        refuse_missing_triton("cuda" if torch.cuda.is_available() else "cpu")
+    flag("measure", measure)
+    flag("keep_padding", keep_padding)
+    if num_steps is not None:
+        whole("num_steps", num_steps, 1)
+    if config.engine != "auto":
+        refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
     _refuse_compiled(pipe)
     for transformer, _ in transformers:
@@ -132,6 +136,16 @@ class SparseAttention:
             [len(installed.swaps) for installed in self._installed],
             self._notes,
         )
+
+    def forget_other_runs(self, step: int) -> None:
+        """A run begins: a transformer that has no part in it must not be in its report.
+
+        One that is further than `step` is left from a run that failed.
+        """
+        for state in (installed.state for installed in self._installed):
+            if not state.last or max(call.step for call in state.last.values()) > step:
+                state.drop()
+                state.forget()
 
     def disable(self) -> None:
         """Leave the pipeline as it was; does nothing the second time."""
@@ -209,16 +223,16 @@ class Installation:
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
-        self.state.begin(
-            Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
-        )
+        call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
+        if self.state.begin(call):
+            self.handle.forget_other_runs(step)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
                 " without sparsity; enable sparse attention last"
             )
-        changed = prepared.changed | self._reordered(given, prepared.per_token)
+        changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
 
     def _tell_of_forced_blocks(self, grid: VideoGrid) -> None:
@@ -230,13 +244,17 @@ class Installation:
                 f" density={self.config.density:g} leaves the rest with its own block alone"
             )
 
-    def _reordered(self, given: dict, names: tuple[str, ...]) -> dict:
-        """Inputs that are per-token tables, in block order."""
-        tables = {name: given[name] for name in names if given.get(name) is not None}
-        order = self.order(given["hidden_states"])
+    def _reordered(self, given: dict, prepared: Prepared) -> dict:
+        """Inputs that are put in block order: per-token tables, and maybe the latent video."""
+        latents, order = given["hidden_states"], self.order(given["hidden_states"])
         if order is None:
             return {}
-        return {name: tuple(x[order[0]] for x in pair) for name, pair in tables.items()}
+        names = [name for name in prepared.per_token if given.get(name) is not None]
+        changed: dict = {name: tuple(x[order[0]] for x in given[name]) for name in names}
+        if prepared.latent_patch is not None:
+            patch = prepared.latent_patch
+            changed["hidden_states"] = order_patches(latents, prepared.grid, patch, order[0])
+        return changed
 
     @property
     def grid(self) -> VideoGrid:

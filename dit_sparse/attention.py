@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .block_mask import BlockMask
+from .engines import ENGINES, Problem, preferred, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def sparse_attention(
         block_mask: mask for B (or 1) samples and H (or 1) heads.
         kv_len: (B,) valid keys of each sample; None where all are.
         scale: factor of the logits, 1 / sqrt(D) by default.
-        engine: "triton" (CUDA), "torch" (everywhere) or "auto".
+        engine: "triton" (our kernels), "fa4" (flash-attn-4, Hopper), "flex" (FlexAttention),
+            "torch" (everywhere) or "auto". Each is compared with "torch" at its first use.
         return_lse: also return the log-sum-exp (B, H, Sq) float32, natural log.
 
     Returns:
@@ -69,8 +71,8 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit, or an engine that cannot run here.
     """
     _check(query, key, value, block_mask, kv_len)
-    engine = choose_engine(engine, query, block_mask)
-    attend = _triton if engine == "triton" else reference.sparse_attention
+    engine = choose_engine(engine, query, block_mask, kv_len)
+    attend = ENGINES[engine].attend
     output, lse = attend(query, key, value, block_mask, kv_len=kv_len, scale=scale)
     return (output, lse) if return_lse else output
 
@@ -84,79 +86,94 @@ def block_mass(
     scale: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
-    """Softmax mass of each block, (B, H, Nq, Nk) float32; see `reference.block_mass`."""
-    if choose_engine(engine, query) == "triton":
-        from .kernels.block_mass import block_mass as kernel
+    """Softmax mass of each block, (B, H, Nq, Nk) float32; see `reference.block_mass`.
 
-        return kernel(query, key, lse, block_size=block_size, scale=scale)
-    return reference.block_mass(query, key, lse, block_size, scale)
+    Only our own kernels and torch compute it: other engines leave it to "auto".
+    """
+    if own_engine(engine, query, block_size) == "torch":
+        return reference.block_mass(query, key, lse, block_size, scale)
+    refuse_missing("triton", query.device)
+    from .kernels.block_mass import block_mass as kernel
+
+    return kernel(query, key, lse, block_size=block_size, scale=scale)
 
 
-def choose_engine(engine: str, query: Tensor, block_mask: BlockMask | None = None) -> str:
+def own_engine(engine: str, query: Tensor, block_size: tuple[int, int]) -> str:
+    """ "triton" or "torch", for what no other engine computes; those leave it to "auto"."""
+    if engine in ("torch", "triton"):
+        return engine
+    problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
+    usable = why_not("triton", problem) is None and disagreement("triton", problem) is None
+    return "triton" if usable else "torch"
+
+
+def choose_engine(
+    engine: str, query: Tensor, block_mask: BlockMask, kv_len: Tensor | None = None
+) -> str:
     """The engine that will run: a forced one that cannot run raises, "auto" takes the best."""
-    if engine == "torch":
-        return "torch"
-    if engine not in ("auto", "triton"):
-        raise ValueError(f"engine must be auto, triton or torch, got {engine!r}")
-    if engine == "triton":
-        refuse_missing_triton(query.device)
-        return "triton"
-    reason = why_not_triton(query.device)
-    if reason is not None:
-        if query.device.type == "cuda":
-            _warn_once(f"{reason}: torch is used instead, which is slow on a GPU")
-        return "torch"
-    block_size = (64, 64) if block_mask is None else block_mask.block_size
-    if _agrees_with_reference(query.device, query.dtype, query.shape[-1], block_size):
-        return "triton"
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {engine!r}")
+    size = block_mask.block_size
+    problem = Problem(query.device, query.dtype, query.shape[-1], size, kv_len is not None)
+    if engine != "auto":
+        reason = why_not(engine, problem) or disagreement(engine, problem)
+        if reason is not None:
+            raise ValueError(f"engine={engine!r} cannot run here: {reason}; use engine='auto'")
+        return engine
+    return _best_engine(problem)
+
+
+@lru_cache(maxsize=64)
+def _best_engine(problem: Problem) -> str:
+    for name in preferred(problem):
+        reason = why_not(name, problem)
+        if reason is None and problem.device.type != "cuda":
+            return "torch"  # the others serve a CPU in tests only
+        reason = reason or disagreement(name, problem)
+        if reason is None:
+            if name == "torch" and problem.device.type == "cuda":
+                logger.warning("torch computes sparse attention, which is slow on a GPU")
+            return name
+        if problem.device.type == "cuda":
+            logger.warning("engine %s is not used: %s", name, reason)
     return "torch"
 
 
-def refuse_missing_triton(device: torch.device | str) -> None:
-    reason = why_not_triton(device)
+def refuse_missing(engine: str, device: torch.device | str) -> None:
+    """Raise unless `engine` is installed and runs on `device`."""
+    reason = ENGINES[engine].missing(device)
     if reason is not None:
-        raise ValueError(f"engine='triton' cannot run here: {reason}; use engine='auto'")
+        raise ValueError(f"engine={engine!r} cannot run here: {reason}; use engine='auto'")
 
 
 @lru_cache(maxsize=64)
-def _warn_once(text: str) -> None:
-    logger.warning(text)
-
-
-def why_not_triton(device: torch.device | str) -> str | None:
-    """None where our Triton kernels run on `device`, else the reason in a few words."""
-    if torch.device(device).type != "cuda":
-        return f"its kernels need a GPU and the tensors are on {torch.device(device).type}"
+def disagreement(engine: str, problem: Problem) -> str | None:
+    """First use on a GPU, dtype, head dim and block: None where a small mask comes out right."""
+    if engine == "torch":
+        return None
+    arguments = _small_problem(problem)
     try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return None
-
-
-def _triton(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, kv_len, scale
-) -> tuple[Tensor, Tensor]:
-    from .kernels.block_sparse_fwd import block_sparse_fwd
-
-    counts, indices = block_mask.indices()
-    return block_sparse_fwd(
-        query,
-        key,
-        value,
-        counts,
-        indices,
-        block_size=block_mask.block_size,
-        scale=scale,
-        kv_len=None if kv_len is None else kv_len.to(query.device, torch.int32),
+        got, got_lse = ENGINES[engine].attend(*arguments[:4], kv_len=arguments[4], scale=None)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the engine, and must not be remembered
+    except Exception as failure:  # whatever fails in a compiler or a driver: do not use it
+        text = " ".join(str(failure).split())[:300]
+        return f"it failed on {problem.device}: {type(failure).__name__}: {text}"
+    query, key, value, block_mask, kv_len = arguments
+    exact, exact_lse = reference.sparse_attention(
+        query.float(), key.float(), value.float(), block_mask, kv_len=kv_len
     )
+    tolerance = 1e-4 if problem.dtype == torch.float32 else 3e-2
+    error = (got.float() - exact).abs().max()
+    lse_error = (got_lse - exact_lse).abs().max()
+    if error < tolerance and lse_error < tolerance:
+        return None
+    return f"its output is wrong by {error:.2g} and its log-sum-exp by {lse_error:.2g}"
 
 
-@lru_cache(maxsize=64)
-def _agrees_with_reference(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
-) -> bool:
-    """First use on a GPU, dtype, head dim and block: compare with the reference on a small mask."""
+def _small_problem(problem: Problem):
+    """Query, key, value, a mask whose last blocks are short, and lengths; every row keeps some."""
+    device, dtype, head_dim, block_size, lengths = problem
     generator = torch.Generator(device).manual_seed(0)
     length = 3 * max(block_size) + 5
     query, key, value = torch.randn(
@@ -166,17 +183,8 @@ def _agrees_with_reference(
     mask = torch.rand(1, 2, *blocks, device=device, generator=generator) < 0.5
     mask[..., 0] = True
     block_mask = BlockMask.from_dense(mask, length, length, block_size)
-    try:
-        output, _ = _triton(query, key, value, block_mask, kv_len=None, scale=None)
-    except Exception as error:  # whatever fails in a compiler or a driver: do not use it
-        logger.warning("Triton kernels failed on %s (%s); torch is used instead", device, error)
-        return False
-    exact, _ = reference.sparse_attention(query.float(), key.float(), value.float(), block_mask)
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    if (output.float() - exact).abs().max() < tolerance:
-        return True
-    logger.warning("Triton kernels are wrong on %s, %s; torch is used instead", device, dtype)
-    return False
+    kv_len = torch.tensor([length - 2], device=device) if lengths else None
+    return query, key, value, block_mask, kv_len
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, kv_len) -> None:

@@ -1,6 +1,9 @@
 """Which key blocks each query block reads."""
 
 from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ class BlockMask:
         bits: (B, H, Nq, ceil(Nk / 8)) uint8, lowest bit first.
         q_len, kv_len: tokens of each side.
         block_size: tokens in a query block and in a key block.
-        max_blocks: the largest number of key blocks that any query block reads.
+        max_blocks: no query block reads more key blocks than this.
         density: (H,) float32, kept query-key pairs over all pairs, mean over the batch.
     """
 
@@ -30,9 +33,13 @@ class BlockMask:
 
     @classmethod
     def from_dense(
-        cls, mask: Tensor, q_len: int, kv_len: int, block_size: tuple[int, int] = (64, 64)
+        cls,
+        mask: Tensor,
+        q_len: int,
+        kv_len: int,
+        block_size: tuple[int, int] = (64, 64),
     ) -> "BlockMask":
-        """Pack a bool mask (B, H, Nq, Nk)."""
+        """Pack a bool mask (B, H, Nq, Nk). Does not wait for a GPU."""
         expected = (-(-q_len // block_size[0]), -(-kv_len // block_size[1]))
         if mask.dtype != torch.bool or mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
             raise ValueError(
@@ -42,12 +49,14 @@ class BlockMask:
         q_tokens = _valid_tokens(q_len, block_size[0], mask.device)
         kv_tokens = _valid_tokens(kv_len, block_size[1], mask.device)
         pairs = (mask.float() @ kv_tokens) @ q_tokens  # (B, H)
+        # Counting on a GPU would wait for it, and lists live for one call only.
+        on_cpu = mask.device.type == "cpu"
         return cls(
             bits=_pack(mask),
             q_len=q_len,
             kv_len=kv_len,
             block_size=block_size,
-            max_blocks=max(int(mask.sum(-1).max()), 1),  # 1 where every head is skipped
+            max_blocks=max(int(mask.sum(-1).max()), 1) if on_cpu else expected[1],
             density=(pairs / (q_len * kv_len)).mean(0),
         )
 
@@ -70,39 +79,89 @@ class BlockMask:
         unpacked = (self.bits.unsqueeze(-1) >> shifts) & 1
         return unpacked.flatten(-2)[..., : self.num_blocks[1]].bool()
 
-    def indices(self) -> tuple[Tensor, Tensor]:
-        """`kv_num_blocks` (B, H, Nq) int32 and `kv_indices` (B, H, Nq, max_blocks) int16.
+    def indices(self, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+        """`kv_num_blocks` (B, H, Nq) int32 and `kv_indices` (B, H, Nq, max_blocks).
 
         The first `kv_num_blocks` entries of a row are the kept key blocks in ascending order;
-        the rest are 0.
+        the rest are 0. Does not wait for a GPU.
         """
+        if self.bits.device.type == "cuda" and _triton_is_installed():
+            from .kernels.block_lists import block_lists
+
+            return block_lists(self.bits, self.num_blocks[1], self.max_blocks, dtype)
         dense = self.to_dense()
         counts = dense.sum(-1, dtype=torch.int32)
         slot = dense.cumsum(-1, dtype=torch.int32) - 1
         slot = torch.where(dense, slot, self.max_blocks).long()  # dropped blocks share one slot
-        kept = slot.new_zeros(*dense.shape[:3], self.max_blocks + 1, dtype=torch.int16)
-        block = torch.arange(dense.shape[-1], dtype=torch.int16, device=dense.device)
+        kept = slot.new_zeros(*dense.shape[:3], self.max_blocks + 1, dtype=dtype)
+        block = torch.arange(dense.shape[-1], dtype=dtype, device=dense.device)
         kept.scatter_(-1, slot, block.expand_as(dense))
         return counts, kept[..., : self.max_blocks].contiguous()
 
-    def to_flex(self):
-        """The same mask for torch's FlexAttention (full-width int32 indices)."""
+    @cached_property
+    def work_order(self) -> Tensor:
+        """Rows (B * H * Nq,) int32 in the order in which they should start, the longest first.
+
+        Heads stay together, so that their keys stay in the L2 cache, and begin with the one that
+        has most to do; the short rows of the lightest head then fill the end.
+        """
+        counts = self.to_dense().sum(-1, dtype=torch.int32).flatten(0, 1)  # (B * H, Nq)
+        heads = counts.sum(-1).argsort(descending=True, stable=True)
+        rows = counts.argsort(dim=-1, descending=True, stable=True)
+        return (rows[heads] + heads[:, None] * counts.shape[1]).flatten().int()
+
+    def to_flex(self, kv_len: Tensor | None = None):
+        """The same mask for torch's FlexAttention (full-width int32 indices).
+
+        Args:
+            kv_len: (B,) valid keys of each sample, which it then checks in every block.
+        """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         dense = self.to_dense()
         counts = dense.sum(-1, dtype=torch.int32)
         order = dense.int().argsort(dim=-1, descending=True, stable=True).int()
+        batch, heads = dense.shape[:2]
+
+        def attends(b, h, q, k):  # read by uncompiled runs, and where kv_len cuts blocks
+            block = dense[
+                b if batch > 1 else 0,
+                h if heads > 1 else 0,
+                q // self.block_size[0],
+                k // self.block_size[1],
+            ]
+            return block if kv_len is None else block & (k < kv_len[b])
+
+        kept, none = (counts, order), (torch.zeros_like(counts), torch.zeros_like(order))
         return FlexBlockMask.from_kv_blocks(
-            torch.zeros_like(counts),
-            torch.zeros_like(order),
-            counts,
-            order,
+            *(none if kv_len is None else kept),
+            *(kept if kv_len is None else none),
             BLOCK_SIZE=self.block_size,
+            mask_mod=attends,
             seq_lengths=(self.q_len, self.kv_len),
+            compute_q_blocks=False,
         )
 
+    def to_fa4(self) -> dict[str, Any]:
+        """Fields of flash-attn-4's `BlockSparseTensorsTorch`: every kept block is a full one."""
+        counts, indices = self.indices(torch.int32)
+        return {
+            "mask_block_cnt": torch.zeros_like(counts),
+            "mask_block_idx": indices,
+            "full_block_cnt": counts,
+            "full_block_idx": indices,
+            "block_size": self.block_size,
+        }
+
     def nbytes(self) -> int:
-        return self.bits.numel()
+        return self.bits.numel() + (
+            4 * self.work_order.numel() if "work_order" in vars(self) else 0
+        )
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _valid_tokens(length: int, block_size: int, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .api import enable_sparse_attention
 from .attention import sparse_attention
 from .block_mask import BlockMask
+from .config import SparseConfig, is_number
 from .grid import token_order
 from .patterns.mode_table import ModeTable
 from .patterns.sparse_vdit import mode_masks
@@ -34,6 +35,13 @@ class ModeSearch:
     weight: float = DEFAULT_WEIGHT
     epsilon: float = DEFAULT_EPSILON
     chosen: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        SparseConfig(density=self.density, order=self.order, block_size=self.block_size)  # checks
+        for name in ("weight", "epsilon"):
+            value = getattr(self, name)
+            if not is_number(value) or not value >= 0:
+                raise ValueError(f"{name} is a number of at least 0, got {value!r}")
 
     def choose(self, losses: Tensor) -> Tensor:
         """(modes but full, H) -> the mode of each head, (H,), counted with full as 0."""

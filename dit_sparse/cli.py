@@ -101,7 +101,7 @@ def compare(
             source=pipeline or "samples/wan_tiny (boxed)",
             arguments=arguments,
             prompts=given or arguments.prompts[:1],
-            seeds=seed or [0],
+            seeds=given_seeds(seed),
             methods=specs,
             out=out,
             lpips=lpips,
@@ -186,7 +186,7 @@ def generate(
         from .generation import check_call, enable, prepare_folder
         from .method_spec import DENSE
 
-        specs = parse_methods(method, allow_dense=True)
+        specs, seeds = parse_methods(method, allow_dense=True), given_seeds(seed)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -203,7 +203,7 @@ def generate(
         clips = [
             (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
             for p, text in enumerate(prompts)
-            for s in seed or [0]
+            for s in seeds
             for spec in specs
         ]
         generate_all(pipe, arguments, clips, folder, quiet, saved)
@@ -235,10 +235,9 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
-        from .config import SparseConfig
         from .generation import check_call, prepare_folder
 
-        SparseConfig(density=density, order=order, block_size=block_size)  # checks them
+        search = ModeSearch(density, order, block_size, weight, epsilon)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -248,7 +247,6 @@ def calibrate_modes(
             raise ValueError("nothing to calibrate on: give --prompt or --prompt-file")
         check_call(pipe, arguments.call)
         prepare_folder(out.parent)
-        search = ModeSearch(density, order, block_size, weight, epsilon)
     with told(FAILURE, debug):
         import torch
 
@@ -263,6 +261,59 @@ def calibrate_modes(
 
     shares = (f"{name} {digits.count(str(i)) / len(digits):.0%}" for i, name in enumerate(MODES))
     print(f"{out}: {', '.join(shares)}")
+
+
+@app.command("profile")
+def profile_attention(
+    pipeline: Pipeline = None,
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file.")] = Path("profile.json"),
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a pipeline's attention in one dense generation: the fingerprint of a model."""
+    with told(USAGE, debug):
+        from .compare import environment
+        from .fingerprint import profile
+        from .generation import check_call, prepare_folder
+
+        given = read_prompts(prompt, prompt_file)
+        pipe, arguments = open_pipeline(
+            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
+        )
+        prompts = given or list(arguments.prompts[:1])
+        if not prompts:
+            raise ValueError("nothing to generate: give --prompt or --prompt-file")
+        check_call(pipe, arguments.call)
+        prepare_folder(out.parent)
+    with told(FAILURE, debug):
+        import torch
+
+        def run() -> None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
+
+        found = profile(
+            pipe,
+            run,
+            pipeline=pipeline or "samples/wan_tiny (boxed)",
+            call=arguments.call | {"prompts": prompts, "seed": seed},
+            environment=environment(pipe),
+        )
+        found.save(out)
+    if as_json:
+        print(out.read_text(), end="")
+        return
+    print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in found.means().items()))
 
 
 @app.command("methods")
@@ -318,7 +369,17 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[MethodSpec]":
     from .method_spec import parse_method
 
-    return [parse_method(text, allow_dense) for text in texts or ["auto"]]
+    specs = [parse_method(text, allow_dense) for text in texts or ["auto"]]
+    if len({spec.slug for spec in specs}) < len(specs):  # files are named by it
+        raise ValueError("the same method with the same options was given twice")
+    return specs
+
+
+def given_seeds(seeds: list[int] | None) -> list[int]:
+    twice = sorted({seed for seed in seeds or [] if seeds.count(seed) > 1})
+    if twice:
+        raise ValueError(f"each seed makes one video, but {twice[0]} is given more than once")
+    return seeds or [0]
 
 
 def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:

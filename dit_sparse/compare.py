@@ -72,6 +72,8 @@ class Comparison:
         for name in ("prompts", "seeds", "methods"):
             if not getattr(self, name):
                 raise ValueError(f"nothing to compare: no {name}, give --{name[:-1]}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"each seed makes one video, but one is given twice: {self.seeds}")
         slugs = [method.slug for method in self.methods]
         if len(set(slugs)) < len(slugs):
             raise ValueError("the same method with the same options was given twice")

@@ -1,10 +1,12 @@
 """What every method shares: how dense, in which blocks, and at which steps it looks again."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from .grid import TOKEN_ORDERS
+from .schedule import step_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from .patterns.correct import Correction
     from .patterns.search import Found, Search
 
-ENGINES = ("auto", "triton", "torch")
+ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
 DEFAULT_ORDER = "curve"
 
@@ -30,7 +32,7 @@ class SparseConfig:
         own_block: every row of blocks keeps its own block, whatever its score.
         order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
-        engine: "auto", "triton" or "torch".
+        engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
@@ -50,6 +52,9 @@ class SparseConfig:
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
+    # True where sparse outputs are completed by means of the rest; a correction is a residual then.
+    tail: ClassVar[bool] = False
+    search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))
@@ -61,6 +66,8 @@ class SparseConfig:
         _one_of("order", self.order, TOKEN_ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("engine", self.engine, ENGINES)
+        flag("every_step", self.every_step)
+        flag("own_block", self.own_block)
         whole("dense_layers", self.dense_layers, 0)
         if self.max_cache_bytes is not None:
             whole("max_cache_bytes", self.max_cache_bytes, 0)
@@ -82,12 +89,18 @@ class SparseConfig:
     def correction(
         self, dense: "Tensor", dense_lse: "Tensor", sparse: "Tensor", sparse_lse: "Tensor"
     ) -> "Correction":
-        """Where `corrects`: what a search step's sparse output lacks of its dense one."""
+        """Where a layer is corrected: what a search step's sparse output lacks of its dense one."""
         raise NotImplementedError
 
     def corrected(self, sparse: "Tensor", correction: "Correction", age: int) -> "Tensor":
-        """Where `corrects`: a sparse output `age` steps after the correction was measured."""
+        """Where a layer is corrected: a sparse output `age` steps after that was measured."""
         raise NotImplementedError
+
+    def corrected_layers(
+        self, shape: Sequence[int], itemsize: int, layers: int, branches: int
+    ) -> int:
+        """How many of the sparse `layers`, the leading ones, keep a correction on each branch."""
+        return layers if self.corrects else 0
 
     def forced(self, search: "Search") -> "Tensor":
         """Blocks that are always kept, (N, N) bool: own, text and conditioning frames."""
@@ -97,11 +110,37 @@ class SparseConfig:
         return forced_blocks(search.grid, self.block_size, device, self.own_block)
 
     def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query."""
+        """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query.
+
+        Where `corrected_layers` says that only some layers are corrected, of one that is not.
+        """
         batch, tokens, heads, _ = shape
         blocks = -(-tokens // self.block_size)
         lse = 4 * batch * heads * tokens if self.uses_lse else 0
         return batch * heads * blocks * -(-blocks // 8) + lse
+
+    def correction_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """What a corrected layer keeps beside `cache_bytes`, where that leaves it out."""
+        return 0
+
+    def planned_cost(self, num_steps: int, density: float, corrected: float = 0.0) -> float:
+        """Attention cost of a run over that of dense, by its schedule; 1 is as dense.
+
+        Args:
+            density: of sparse calls; above our own where more is always attended.
+            corrected: share of the layers that keep a correction.
+        """
+        found, cost = None, 0.0
+        for step in range(num_steps):
+            kind = step_kind(step, num_steps, self.search_at, found, self.every_step)
+            if kind == "search":
+                fused = self.uses_lse and found is None  # with the dense call that gives the LSE
+                plain = 1.0 if fused else density
+                cost += self.search_cost + corrected * (1 + density) + (1 - corrected) * plain
+                found = step
+            else:
+                cost += 1.0 if kind == "dense" else density
+        return cost / num_steps
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -123,7 +162,7 @@ def _fractions(search_at) -> tuple[float, ...]:
 
 
 def _one_of(name: str, value, choices: tuple) -> None:
-    if value not in choices:
+    if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
@@ -133,8 +172,13 @@ def whole(name: str, value, least: int) -> None:
 
 
 def positive(name: str, value) -> None:
-    if not is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is True or False, got {value!r}")
 
 
 def is_number(value) -> bool:

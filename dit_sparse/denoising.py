@@ -27,25 +27,55 @@ class Denoising:
         self._fields: dict[str, Any] = {}
         self._step = -1
         self._time: Tensor | None = None  # the loop's own tensor: one object a step
+        self._failed_at: Tensor | None = None  # left behind by a run that failed
         self._calls_in_step = 0
 
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
         told = self._told_step()
-        current = getattr(self._pipe(), "_current_timestep", None)
+        current = self._timestep_of_pipeline(told)
         if current is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
         current = timestep if current is None else current
-        if current is self._time:
+        again = current is self._time
+        if not again and told is None:
+            told = self._place_in_schedule(current)
+            again = told is None and self._count(current)
+        if again:
             self._calls_in_step += 1
         else:
-            told = self._place_in_schedule(current) if told is None else told
-            if told is None:  # count timesteps; a larger one than before is a new run
-                rising = self._time is not None and float(current.max()) > float(self._time.max())
-                self._step = 0 if rising else self._step + 1
             self._time, self._calls_in_step = current, 0
         self._step = self._step if told is None else told
+        if told is None and self._step >= self._steps_in_all():
+            raise RuntimeError(
+                f"step {self._step + 1} of a run of {self._steps_in_all()}: give num_steps= as many"
+                " steps as the loop makes, and begin a run at a larger timestep than the last ended"
+            )
         return self._step, self._steps_in_all(), self._branch or f"call_{self._calls_in_step}"
+
+    def _timestep_of_pipeline(self, told: int | None) -> Tensor | None:
+        """The loop's own timestep, None where our pipeline does not run.
+
+        A run that failed leaves its timestep behind: where steps go on without it, another runs.
+        """
+        current = getattr(self._pipe(), "_current_timestep", None)
+        if current is self._time and told not in (None, self._step):
+            self._failed_at = current
+        return None if current is self._failed_at else current
+
+    def _count(self, current: Tensor) -> bool:
+        """Count steps by their timesteps; True where it is that of the last call. One host sync.
+
+        A larger one than before is a new run; of one step, each is.
+        """
+        if self._steps_in_all() == 1:
+            self._step = 0
+            return False
+        now, before = (None if t is None else float(t.max()) for t in (current, self._time))
+        if now == before:
+            return True
+        self._step = 0 if before is not None and now > before else self._step + 1
+        return False
 
     def _told_step(self) -> int | None:
         """The step by diffusers' context, else by the pipeline's scheduler, None if neither knows.
@@ -115,6 +145,7 @@ class Denoising:
                     yield
             except BaseException:  # the run failed: diffusers will not say that it has ended
                 self.reset()
+                self._failed_at = getattr(self._pipe(), "_current_timestep", None)
                 on_end()
                 raise
             finally:

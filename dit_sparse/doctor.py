@@ -1,13 +1,12 @@
 """What is installed here, which engines can run, and what will be used."""
 
-import importlib.util
 import platform
 from typing import Any
 
 import torch
 
-from .attention import why_not_triton
 from .compare import PACKAGES, installed_version
+from .engines import ENGINES
 from .loading import boxed_pipeline, choose_device
 from .metrics import Lpips
 
@@ -18,13 +17,15 @@ def examine() -> dict[str, Any]:
     engines = engine_states(device)
     return {
         "python": platform.python_version(),
-        "packages": {name: installed_version(name) or "not installed" for name in PACKAGES},
+        "packages": {
+            name: installed_version(name) or "not installed" for name in (*PACKAGES, "flash-attn-4")
+        },
         "gpu": gpu_state(),
         "engines": engines,
         "used": {
             "device": device,
             "dtype": "float32" if device == "cpu" else "bfloat16",
-            "engine": "triton" if engines["triton"] == "ready" else "torch",
+            "engine": used_engine(engines),
         },
         "lpips": Lpips().reason or "ready",
         "boxed_pipeline": box_state(),
@@ -39,21 +40,14 @@ def gpu_state() -> str:
 
 
 def engine_states(device: str) -> dict[str, str]:
-    return {
-        "torch": "ready",
-        "triton": why_not_triton(device) or "ready",
-        "flash-attn-4": other_engine("flash_attn.cute", "not installed"),
-        "flex": other_engine("torch.nn.attention.flex_attention", "not in this torch"),
-    }
+    return {name: engine.missing(device) or "ready" for name, engine in ENGINES.items()}
 
 
-def other_engine(module: str, missing: str) -> str:
-    """State of an engine that `sparse_attention` does not call yet."""
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        found = False
-    return "found, not used by this version" if found else missing
+def used_engine(engines: dict[str, str]) -> str:
+    """What engine="auto" takes; each is checked at its first use."""
+    if engines["triton"] != "ready":
+        return "torch"
+    return "triton" if engines["fa4"] != "ready" else "fa4 for blocks of 128 tokens, else triton"
 
 
 def box_state() -> str:

@@ -177,3 +177,18 @@ def _axes_to_transpose(axes: list[Tensor], bits: int) -> list[Tensor]:
     for bit in reversed(range(1, bits)):
         flip = torch.where((axes[-1] >> bit & 1).bool(), flip ^ ((1 << bit) - 1), flip)
     return [axis ^ flip for axis in axes]
+
+
+def order_patches(
+    latents: Tensor, grid: VideoGrid, patch: tuple[int, int, int], permutation: Tensor
+) -> Tensor:
+    """Move the patches of a latent video (B, C, T, H, W) so that a patch embedding, which reads
+    them one by one in raster order, gives its tokens in another order; `patch` is their size."""
+    sizes = grid.frames, grid.height, grid.width
+    used = [slice(n * p) for n, p in zip(sizes, patch)]  # as a convolution leaves out the rest
+    split = latents[:, :, used[0], used[1], used[2]].reshape(
+        *latents.shape[:2], *(n for pair in zip(sizes, patch) for n in pair)
+    )  # (B, C, T, pt, H, ph, W, pw)
+    tokens = split.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(5)[..., permutation]
+    ordered = tokens.unflatten(5, sizes).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return ordered.flatten(6, 7).flatten(4, 5).flatten(2, 3)

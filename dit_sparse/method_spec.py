@@ -45,6 +45,8 @@ def parse_options(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"method options look like density=0.2,order=tile, got {item!r}")
+        if key.strip() in options:
+            raise ValueError(f"{key.strip()} is given twice in {text!r}")
         options[key.strip()] = parse_value(value.strip())
     return options
 

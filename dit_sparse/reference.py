@@ -147,10 +147,25 @@ def block_mass(
     return torch.stack(rows, dim=1).unflatten(0, lse.shape[:2])
 
 
-def block_pool(x: Tensor, block_size: int) -> Tensor:
-    """Mean of each block of tokens: (B, S, H, D) -> (B, H, N, D) float32."""
+def block_pool(x: Tensor, block_size: int, kv_len: Tensor | None = None) -> Tensor:
+    """Mean of each block of tokens: (B, S, H, D) -> (B, H, N, D) float32.
+
+    Args:
+        kv_len: (B,) valid tokens of each sample; None where all are. A block without any is 0.
+    """
+    if kv_len is not None:
+        padded = torch.arange(x.shape[1], device=x.device) >= kv_len.to(x.device)[:, None]
+        x = x.masked_fill(padded[..., None, None], 0)
     padded = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block_size))
-    sums = padded.unflatten(1, (-1, block_size)).sum(2)  # (B, N, H, D)
-    lengths = torch.full((sums.shape[1],), float(block_size), device=x.device)
-    lengths[-1] -= len(lengths) * block_size - x.shape[1]
-    return (sums / lengths[:, None, None]).transpose(1, 2)
+    sums = padded.unflatten(1, (-1, block_size)).sum(2).transpose(1, 2)  # (B, H, N, D)
+    lengths = block_lengths(x.shape[1], block_size, kv_len, x.device)
+    return sums / lengths.clamp_min(1)[:, None, :, None]
+
+
+def block_lengths(
+    tokens: int, block_size: int, kv_len: Tensor | None, device: torch.device
+) -> Tensor:
+    """Valid tokens of each block, (B, N) int64; B is 1 without `kv_len` (B,)."""
+    start = torch.arange(0, tokens, block_size, device=device)
+    end = torch.tensor([tokens], device=device) if kv_len is None else kv_len.to(device)
+    return (end.clamp(max=tokens)[:, None] - start).clamp(0, block_size)

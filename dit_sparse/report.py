@@ -5,17 +5,22 @@ from dataclasses import dataclass, field
 from .block_map import pack_maps
 from .state import Record, State
 
+COSTLY = (
+    "attention costs {:.2f} times that of dense: warm-up and searches take most of so few steps;"
+    " generate densely, or search at one step only (search_at=0.2)"
+)
+
 
 @dataclass(frozen=True)
 class Report:
     """Figures of the last generation.
 
     Attributes:
-        effective_cost: multiply-adds of self-attention, search and measurement included, over
+        effective_cost: multiply-adds of self-attention, with search, tail and measurement, over
             those of dense attention at every step. Computed from the masks that ran.
         density: kept pairs over all pairs, mean over sparse calls; None where none ran.
         kept_mass: share of softmax mass inside the masks; measured at every sparse step with
-            `measure=True`, else known from the searches alone; None where unknown.
+            `measure=True`, else known from searches that ran dense alone; None where unknown.
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
         engines: what computed the sparse calls.
@@ -73,10 +78,13 @@ def make_report(
     if any(entry["kind"] == "reuse" for entry in measured):
         measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
+    effective_cost = cost / dense_equivalent if dense_equivalent else 0.0
+    if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
+        notes = [*notes, COSTLY.format(effective_cost)]
     return Report(
         method=method,
         config=config,
-        effective_cost=cost / dense_equivalent if dense_equivalent else 0.0,
+        effective_cost=effective_cost,
         density=_mean([_mean(entry["density"]) for entry in sparse], None),
         kept_mass=_mean([_mean(entry["kept_mass"]) for entry in measured], None),
         steps=len({record.step for record in records}),

@@ -68,7 +68,7 @@ class Record:
     kind: Kind
     density: Tensor | None  # (H,), None where the output is dense
     kept_mass: Tensor | None  # (H,), None where not measured
-    extra_cost: float = 0.0  # search and measurement, as a share of dense attention
+    extra_cost: float = 0.0  # search, tail and measurement, as a share of dense attention
 
 
 @dataclass
@@ -90,19 +90,29 @@ class State:
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
 
-    def begin(self, call: Call) -> None:
-        """Publish a call; a new run or another shape, dtype or device drops everything kept."""
+    def begin(self, call: Call) -> bool:
+        """Publish a call; a new run or another shape, dtype or device drops everything kept.
+
+        Returns:
+            Whether a run begins.
+        """
         before = self.last.get(call.branch)  # branches may differ in their text, so in their grid
         other = before and (before.step == call.step or before.signature != call.signature)
         if other or call.step < max((done.step for done in self.last.values()), default=-1):
             self.drop()
-        if not self.last:
-            self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
-            self.planned_bytes = 0
-            self.masks = None if self.masks is None else {}
+        begins = not self.last
+        if begins:
+            self.forget()
         self.call = call
         self.calls += 1
         self.last[call.branch] = call
+        return begins
+
+    def forget(self) -> None:
+        """Empty the log of the last run."""
+        self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
+        self.planned_bytes = 0
+        self.masks = None if self.masks is None else {}
 
     def drop(self) -> None:
         """Free what is kept; the trace stays for the report until the next run begins."""

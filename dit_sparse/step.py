@@ -1,5 +1,6 @@
 """One attention call of one layer: dense, search or reuse."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakValueDictionary
@@ -13,9 +14,14 @@ from .config import SparseConfig
 from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
+from .patterns.correct import Correction
 from .patterns.search import Search
+from .report import COSTLY
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
+from .tail import add_tail, tail_cost
+
+logger = logging.getLogger(__name__)
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Order = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -74,9 +80,10 @@ class LayerAttention:
         """At the first call of each branch: how much will be kept, and refuse too much."""
         if self.config.density == 1 or self.layer > 0:
             return
-        per_branch = self.config.cache_bytes(query.shape, query.element_size())
-        layers = max(self.state.layers - self.config.dense_layers, 0)
-        planned, limit = per_branch * layers * len(self.state.last), self.config.max_cache_bytes
+        of = query.shape, query.element_size()
+        per_branch = self.config.cache_bytes(*of) * self._sparse_layers()
+        per_branch += self.config.correction_bytes(*of) * self._corrected_layers(query)
+        planned, limit = per_branch * len(self.state.last), self.config.max_cache_bytes
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
         if limit is not None and planned > limit:
             raise MemoryError(
@@ -84,6 +91,30 @@ class LayerAttention:
                 f" allows {limit / 2**20:.1f} MiB: raise it, or make the batch or video smaller"
                 f" ({self.config.memory})"
             )
+        self._tell_of_cost(query)
+
+    def _tell_of_cost(self, query: Tensor) -> None:
+        """Log at the first call that a run will gain nothing; its report says it of the whole."""
+        call, config = self.state.call, self.config
+        layers = self._sparse_layers()
+        if call.step > 0 or len(self.state.last) > 1 or not layers:
+            return
+        density = max(config.density, call.grid.forced_share(config.block_size))
+        corrected = self._corrected_layers(query) / layers
+        cost = config.planned_cost(call.num_steps, density, corrected)
+        if cost >= 1:
+            logger.warning(COSTLY.format(cost))
+
+    def _sparse_layers(self) -> int:
+        return max(self.state.layers - self.config.dense_layers, 0)
+
+    def _corrected_layers(self, query: Tensor) -> int:
+        """How many leading sparse layers keep a correction on each branch."""
+        branches = len(self.state.last)
+        if self.state.calls == branches:  # first step: the share of a branch to come is kept free
+            branches = max(branches, 2)
+        of = query.shape, query.element_size()
+        return self.config.corrected_layers(*of, self._sparse_layers(), branches)
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
@@ -91,32 +122,38 @@ class LayerAttention:
         if kept is None:
             return None
         batch = query.shape[0]
-        of_rows = kept.lse if kept.correction is None else kept.correction.rho
-        if of_rows is not None:
-            return kept if of_rows.shape[0] == batch else None
+        if kept.correction is not None:
+            return kept if kept.correction.batch == batch else None
+        if kept.lse is not None:
+            return kept if kept.lse.shape[0] == batch else None
         return kept if kept.mask.bits.shape[0] in (1, batch) else None
 
     def _search(self, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
         """Find a mask. The output is dense where dense attention had to run for it, else sparse."""
         call, config = self.state.call, self.config
         output, lse = None, None if kept is None else kept.lse
-        if config.corrects or (config.uses_lse and lse is None):
+        corrects = self.layer - config.dense_layers < self._corrected_layers(query)
+        if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         place = call.step, call.num_steps, call.branch, self.state.layers
         found = config.find(Search(query, key, lse, call.grid, self.layer, call.lengths, *place))
         size = (config.block_size, config.block_size)
         mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
-        kept = Kept(mask, lse if config.uses_lse else None, found.kept_mass, call.step)
+        # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
+        mass = None if output is None and config.uses_lse else found.kept_mass
+        keeps_lse = config.uses_lse and not corrects  # else the next search runs dense anyway
+        kept = Kept(mask, lse if keeps_lse else None, mass, call.step)
         if output is None or lse is None:
             self.state.keep(self.layer, kept)
             return self._sparse("search", query, key, value, kept, found.cost)
         cost = found.cost
-        if config.corrects:
+        if corrects:
             sparse, sparse_lse = self._attend(query, key, value, mask)
             correction = config.correction(output, lse, sparse, sparse_lse)
-            mass = correction.rho.mean((0, 2))  # of all rows, exactly
-            kept = replace(kept, correction=correction, kept_mass=mass)
-            cost += float(mask.density.mean())
+            kept = replace(kept, correction=correction)
+            if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
+                kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
+            cost += float(mask.density.mean()) + self._tail_cost(mask)
         self.state.keep(self.layer, kept)
         self._log("search", None, kept.kept_mass, cost)
         return output
@@ -131,25 +168,39 @@ class LayerAttention:
         extra_cost: float = 0.0,
     ) -> Tensor:
         call = self.state.call
+        extra_cost += self._tail_cost(kept.mask)
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         self._log(kind, kept.mask.density, mass, extra_cost)
-        output, _ = self._attend(query, key, value, kept.mask)
-        if kept.correction is None:
+        residual = kept.correction if self.config.tail else None  # one kernel adds both
+        output, _ = self._attend(query, key, value, kept.mask, residual)
+        if kept.correction is None or residual is not None:
             return output
         return self.config.corrected(output, kept.correction, call.step - kept.found_at)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: BlockMask,
+        residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
-        engine = choose_engine(self.config.engine, query, mask)
-        self.state.engines.add(engine)
         kv_len = self.state.call.kv_len
-        return sparse_attention(
+        engine = choose_engine(self.config.engine, query, mask, kv_len)
+        self.state.engines.add(engine)
+        output, lse = sparse_attention(
             query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
         )
+        if not self.config.tail:
+            return output, lse
+        given = output, lse, query, key, value, mask
+        return add_tail(*given, kv_len=kv_len, engine=engine, residual=residual)
+
+    def _tail_cost(self, mask: BlockMask) -> float:
+        return tail_cost(mask) if self.config.tail else 0.0
 
     def _log(
         self,

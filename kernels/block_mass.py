@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_sparse_fwd import Tile
 from .dot import (
     LOG2_E,
     check_block_size,
@@ -27,25 +26,7 @@ from .dot import (
     load_tile,
     padded_head_dim,
 )
-
-# (load path, padded head dim) -> tile; a smaller logical block makes a smaller tile.
-TILES = {
-    ("descriptor", 16): Tile(128, 128, 8, 3),
-    ("descriptor", 32): Tile(128, 128, 8, 3),
-    ("descriptor", 64): Tile(128, 128, 8, 3),
-    ("descriptor", 128): Tile(128, 128, 8, 2),
-    ("descriptor", 256): Tile(64, 64, 4, 2),
-    ("pointer", 16): Tile(128, 128, 8, 2),
-    ("pointer", 32): Tile(128, 128, 8, 2),
-    ("pointer", 64): Tile(128, 128, 8, 2),
-    ("pointer", 128): Tile(128, 128, 8, 2),
-    ("pointer", 256): Tile(64, 64, 4, 2),
-    ("float32", 16): Tile(32, 32, 8, 2),
-    ("float32", 32): Tile(32, 32, 8, 2),
-    ("float32", 64): Tile(32, 32, 8, 2),
-    ("float32", 128): Tile(32, 32, 8, 2),
-    ("float32", 256): Tile(16, 32, 8, 1),
-}
+from .tiles import MASS, Tile, launch, tile_for
 
 
 @triton.jit
@@ -184,23 +165,20 @@ def block_mass(
     lse = lse.expand(batch, heads, q_len)
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
 
-    path = load_path(query, key)
-    tile = TILES[path, padded_head_dim(head_dim)]
-    block_q, block_kv = block_size
-    rows, columns = min(tile.rows, block_q), min(tile.columns, block_kv)
-    q_blocks, kv_blocks = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
-    q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
-    split_q, split_kv = block_q // rows, block_kv // columns
-    # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
-    ragged = q_tiles != q_blocks * split_q or kv_tiles != kv_blocks * split_kv
-    allocate = torch.zeros if ragged else torch.empty
-    mass = allocate(
-        (batch, heads, q_blocks * split_q, kv_blocks * split_kv),
-        dtype=torch.float32,
-        device=query.device,
-    )
+    path, dim = load_path(query, key), padded_head_dim(head_dim)
     descriptors = path == "descriptor"
-    with torch.cuda.device_of(query):
+    block_q, block_kv = block_size
+    q_blocks, kv_blocks = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
+    mass = query.new_empty(0)
+
+    def run(tile: Tile) -> None:
+        nonlocal mass
+        rows, columns = tile.rows, tile.columns
+        q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
+        shape = q_blocks * (block_q // rows), kv_blocks * (block_kv // columns)
+        # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
+        allocate = torch.empty if shape == (q_tiles, kv_tiles) else torch.zeros
+        mass = allocate((batch, heads, *shape), dtype=torch.float32, device=query.device)
         block_mass_kernel[(q_tiles, heads, batch)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
@@ -215,13 +193,17 @@ def block_mass(
             scale_log2=scale * LOG2_E,
             log2_e=LOG2_E,
             HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_D=dim,
             ROWS=rows,
             COLUMNS=columns,
             DESCRIPTORS=descriptors,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    if split_q == split_kv == 1:
+
+    key_of = ("block_mass", query.device, query.dtype, dim, block_size)
+    with torch.cuda.device_of(query):
+        launch(key_of, tile_for(MASS, query.device, path, dim, block_size), run)
+    if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
-    return mass.view(batch, heads, q_blocks, split_q, kv_blocks, split_kv).sum(dim=(3, 5))
+    return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dot import BLOCK_SIZES, check_tensors, load_tile, padded_head_dim
+from .dot import BLOCK_SIZES, check_index, check_tensors, load_tile, padded_head_dim
 
 
 @triton.jit(do_not_specialize=["seqlen"])
 def block_pool_kernel(
     x,
     pooled_ptr,
+    kv_len_ptr,
     strides,
     seqlen,
     HEAD_DIM: tl.constexpr,
@@ -25,10 +26,12 @@ def block_pool_kernel(
 ):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = block * BLOCK
+    if kv_len_ptr is not None:
+        seqlen = tl.minimum(tl.load(kv_len_ptr + batch), seqlen)
     tile = load_tile(
         x, strides, batch, head, start, seqlen, HEAD_DIM, BLOCK_D, BLOCK, False, MASKED=True
     )
-    count = tl.minimum(seqlen - start, BLOCK)
+    count = tl.maximum(tl.minimum(seqlen - start, BLOCK), 1)  # nothing valid: the sum is 0
     mean = tl.sum(tile.to(tl.float32), 0) / count.to(tl.float32)  # (BLOCK_D,)
 
     row = (batch.to(tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
@@ -36,12 +39,13 @@ def block_pool_kernel(
     tl.store(pooled_ptr + row * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-def block_pool(x: Tensor, block_size: int) -> Tensor:
+def block_pool(x: Tensor, block_size: int, kv_len: Tensor | None = None) -> Tensor:
     """Mean over the valid tokens of each block.
 
     Args:
         x: `(B, S, H, D)`, bfloat16, float16 or float32, any strides.
         block_size: tokens a block: 32, 64 or 128. The last block may be short.
+        kv_len: `(B,)` int32, valid tokens per sample; all by default. A block without any is 0.
 
     Returns:
         `(B, H, N, D)` in float32, N = ceil(S / block_size).
@@ -52,6 +56,9 @@ def block_pool(x: Tensor, block_size: int) -> Tensor:
             f"block_size must be one of {BLOCK_SIZES}, got {block_size}. Choose one of these."
         )
     batch, seqlen, heads, head_dim = x.shape
+    if kv_len is not None:
+        check_index("kv_len", kv_len, (batch,), (torch.int32,), x.device)
+        kv_len = kv_len.contiguous()
     x = x if x.stride(3) == 1 else x.contiguous()
     blocks = triton.cdiv(seqlen, block_size)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
@@ -59,6 +66,7 @@ def block_pool(x: Tensor, block_size: int) -> Tensor:
         block_pool_kernel[(blocks, heads, batch)](
             x=x,
             pooled_ptr=pooled,
+            kv_len_ptr=kv_len,
             strides=x.stride(),
             seqlen=seqlen,
             HEAD_DIM=head_dim,

@@ -3,15 +3,18 @@
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],   j in the kept kv blocks of i's q block
     lse[i] = log sum_j exp(scale * q[i] . k[j])
 
-Launch grid: (q tiles, heads, batch). A program keeps one q tile, walks its list of kv blocks
-with an online softmax and masks only the one kv tile that is cut by the sequence's end. A tile
-may be smaller than a logical block: a listed block of 128 keys runs as two tiles of 64.
+Launch grid: q tiles of all heads and samples, in `order` if given, else heads one after another.
+A program keeps one q tile, walks its list of kv blocks with an online softmax and masks only the
+one kv tile that is cut by the sequence's end. A tile may be smaller than a logical block: a listed
+block of 128 keys runs as two tiles of 64.
+
+The GPU starts programs in the order of the grid and a new one wherever one ends. With the longest
+rows first that is balanced scheduling without a queue of our own, and since heads stay together
+their keys and values stay in the L2 cache.
 
 Limits: forward only; head dim up to 256; q blocks and kv blocks of 32, 64 or 128 tokens. Indices
 are trusted: reading them back to check would stall the GPU.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,36 +35,7 @@ from .dot import (
     online_softmax,
     padded_head_dim,
 )
-
-
-class Tile(NamedTuple):
-    """The largest tile a program works on, and how it is compiled."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-# (load path, padded head dim) -> tile; a smaller logical block makes a smaller tile.
-TILES = {
-    ("descriptor", 16): Tile(128, 64, 4, 3),
-    ("descriptor", 32): Tile(128, 64, 4, 3),
-    ("descriptor", 64): Tile(128, 64, 4, 3),
-    ("descriptor", 128): Tile(128, 64, 4, 2),
-    ("descriptor", 256): Tile(64, 64, 4, 2),
-    ("pointer", 16): Tile(128, 64, 4, 3),
-    ("pointer", 32): Tile(128, 64, 4, 3),
-    ("pointer", 64): Tile(128, 64, 4, 3),
-    ("pointer", 128): Tile(128, 64, 8, 2),
-    ("pointer", 256): Tile(32, 32, 4, 2),
-    # IEEE float32 runs on the ordinary cores and holds whole operands in registers.
-    ("float32", 16): Tile(32, 32, 8, 2),
-    ("float32", 32): Tile(32, 32, 8, 2),
-    ("float32", 64): Tile(32, 32, 8, 2),
-    ("float32", 128): Tile(32, 32, 8, 2),
-    ("float32", 256): Tile(16, 32, 8, 1),
-}
+from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
 
 
 @triton.jit
@@ -103,11 +77,11 @@ def attend_tile(
         # Padding may hold NaN, and 0 * NaN is NaN.
         v_tile = tl.where(kv_valid[:, None], v_tile, 0.0)
     # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
-    acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
+    acc = dot(probs.to(v_tile.dtype), v_tile, acc * rescale[:, None])
     return running_max, running_sum, acc
 
 
-@triton.jit(do_not_specialize=["q_len", "max_kv_len"])
+@triton.jit(do_not_specialize=["heads", "q_len", "max_kv_len"])
 def block_sparse_fwd_kernel(
     q,
     k,
@@ -117,12 +91,14 @@ def block_sparse_fwd_kernel(
     kv_num_blocks_ptr,
     kv_indices_ptr,
     kv_len_ptr,
+    order_ptr,
     q_strides,
     k_strides,
     v_strides,
     out_strides,
     num_blocks_strides,
     indices_strides,
+    heads,
     q_len,
     max_kv_len,
     scale_log2,
@@ -134,10 +110,15 @@ def block_sparse_fwd_kernel(
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    q_start = tl.program_id(0) * ROWS
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    q_block = q_start // BLOCK_Q
+    SPLIT: tl.constexpr = BLOCK_Q // ROWS
+    q_blocks = tl.cdiv(q_len, BLOCK_Q)
+    row = tl.program_id(0) // SPLIT  # a q block of one head and sample
+    if order_ptr is not None:
+        row = tl.load(order_ptr + row)
+    q_block, head, batch = row % q_blocks, row // q_blocks % heads, row // q_blocks // heads
+    q_start = q_block * BLOCK_Q + tl.program_id(0) % SPLIT * ROWS
+    if q_start >= q_len:  # the last q block is short
+        return
     TILES_PER_BLOCK: tl.constexpr = BLOCK_KV // COLUMNS
 
     kv_len = max_kv_len
@@ -178,9 +159,11 @@ def block_sparse_fwd_kernel(
     running_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
 
+    start = tl.load(indices_row, mask=full_tiles > 0, other=0).to(tl.int32) * BLOCK_KV
     for tile in tl.range(0, full_tiles):
-        index = tl.load(indices_row + (tile // TILES_PER_BLOCK) * indices_strides[3])
-        start = index.to(tl.int32) * BLOCK_KV + (tile % TILES_PER_BLOCK) * COLUMNS
+        # The next index is read now, so that no load of keys waits for one.
+        after = tl.minimum(tile + 1, full_tiles - 1)
+        next_index = tl.load(indices_row + (after // TILES_PER_BLOCK) * indices_strides[3])
         running_max, running_sum, acc = attend_tile(
             q_tile,
             k,
@@ -201,6 +184,7 @@ def block_sparse_fwd_kernel(
             DESCRIPTORS,
             MASKED=False,
         )
+        start = next_index.to(tl.int32) * BLOCK_KV + (after % TILES_PER_BLOCK) * COLUMNS
     if (num_blocks > 0) & (last_len % COLUMNS > 0):
         running_max, running_sum, acc = attend_tile(
             q_tile,
@@ -237,8 +221,23 @@ def block_sparse_fwd_kernel(
         out.to(out_ptr.dtype.element_ty),
         mask=q_valid[:, None] & (dims < HEAD_DIM)[None, :],
     )
-    lse_row = lse_ptr + (batch.to(tl.int64) * tl.num_programs(1) + head) * q_len
+    lse_row = lse_ptr + (batch.to(tl.int64) * heads + head) * q_len
     tl.store(lse_row + rows, lse, mask=q_valid)
+
+
+def default_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    lengths: bool = False,
+) -> Tile:
+    """The tile of the table for tensors like these, `lengths` with a valid length per sample."""
+    path, head_dim = load_path(query, key, value), query.shape[-1]
+    # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
+    served = path == "descriptor" and not lengths and head_dim in (64, 128)
+    gluon = served and gluon_runs(query.device)
+    return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
 
 
 def block_sparse_fwd(
@@ -251,6 +250,8 @@ def block_sparse_fwd(
     block_size: tuple[int, int],
     scale: float | None = None,
     kv_len: Tensor | None = None,
+    order: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the listed kv blocks of `key` and `value`.
 
@@ -263,6 +264,9 @@ def block_sparse_fwd(
         block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
         scale: softmax scale, 1 / sqrt(D) by default.
         kv_len: `(B,)` int32, valid keys per sample; all by default.
+        order: `(B * H * Nq,)` int32, rows in the order in which they start, best the longest
+            first. It changes the time only.
+        tile: another tile than the table's, for measurements; where it fails, nothing replaces it.
 
     Returns:
         The output `(B, S, H, D)` in the query's dtype and the natural-log LSE `(B, H, S)` in
@@ -286,6 +290,9 @@ def block_sparse_fwd(
     if kv_len is not None:
         check_index("kv_len", kv_len, (batch,), (torch.int32,), device)
         kv_len = kv_len.contiguous()
+    if order is not None:
+        check_index("order", order, (batch * heads * q_blocks,), (torch.int32,), device)
+        order = order.contiguous()
 
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     kv_num_blocks = kv_num_blocks.expand(shape)
@@ -293,12 +300,18 @@ def block_sparse_fwd(
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
 
-    path = load_path(query, key, value)
-    tile = TILES[path, padded_head_dim(head_dim)]
-    rows, columns = min(tile.rows, block_q), min(tile.columns, block_kv)
+    path, dim = load_path(query, key, value), padded_head_dim(head_dim)
     descriptors = path == "descriptor"
-    with torch.cuda.device_of(query):
-        block_sparse_fwd_kernel[(triton.cdiv(q_len, rows), heads, batch)](
+
+    def run(tile: Tile) -> None:
+        if tile.gluon:
+            from .hopper_fwd import hopper_fwd
+
+            lists = kv_num_blocks, kv_indices
+            options = {"block_size": block_size, "scale": scale, "order": order, "tile": tile}
+            return hopper_fwd(query, key, value, *lists, out, lse, **options)
+        rows, columns = tile.rows, tile.columns
+        block_sparse_fwd_kernel[(q_blocks * (block_q // rows) * heads * batch,)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
             v=describe(value, columns) if descriptors else value,
@@ -307,17 +320,19 @@ def block_sparse_fwd(
             kv_num_blocks_ptr=kv_num_blocks,
             kv_indices_ptr=kv_indices,
             kv_len_ptr=kv_len,
+            order_ptr=order,
             q_strides=query.stride(),
             k_strides=key.stride(),
             v_strides=value.stride(),
             out_strides=out.stride(),
             num_blocks_strides=kv_num_blocks.stride(),
             indices_strides=kv_indices.stride(),
+            heads=heads,
             q_len=q_len,
             max_kv_len=key.shape[1],
             scale_log2=scale * LOG2_E,
             HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_D=dim,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,
             ROWS=rows,
@@ -326,4 +341,12 @@ def block_sparse_fwd(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+
+    key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
+    with torch.cuda.device_of(query):
+        if tile is None:
+            tile = default_tile(query, key, value, block_size, lengths=kv_len is not None)
+            launch(key_of, tile.within(block_size), run)
+        else:
+            run(tile.within(block_size))
     return out, lse

@@ -21,13 +21,13 @@ MAX_HEAD_DIM = 256
 
 
 @triton.jit
-def dot(a, b):
-    # (M, K) @ (K, N) -> (M, N) in float32
+def dot(a, b, acc=None):
+    # (M, K) @ (K, N) -> (M, N) in float32, on top of acc if given
     # Triton's interpreter multiplies bf16 as raw bits; float32 holds every bf16 exactly.
     if INTERPRETING and a.dtype == tl.bfloat16:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 # What `triton.jit` returned decides, not the environment variable as it stands now.

@@ -33,12 +33,15 @@ class Prepared:
         lengths: valid tokens of each sample where padded text is left and they differ.
         changed: inputs to pass instead of those given.
         per_token: names of inputs that hold a tuple of (video tokens, D) tables, such as RoPE.
+        latent_patch: where the latent video (B, C, T, H, W) is put in block order instead of its
+            tokens, the size of the patches that become tokens.
     """
 
     grid: VideoGrid
     lengths: tuple[int, ...] | None = None
     changed: dict[str, Any] = field(default_factory=dict)
     per_token: tuple[str, ...] = ()
+    latent_patch: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def _project(heads: int, x: Tensor, projections: tuple, norm_q: Any, norm_k: Any
 
 def _rotate_video(x: Tensor, rotary_emb: Any, length: int) -> Tensor:
     video: Any = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
-    return torch.cat([video, x[:, length:]], dim=1)
+    return video if x.shape[1] == length else torch.cat([video, x[:, length:]], dim=1)
 
 
 def _valid(key: Tensor, kv_len: Tensor) -> Tensor:
@@ -109,19 +109,19 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     image_channels = config.in_channels > (config.out_channels or config.in_channels)
     first_frame = image_channels or config.image_condition_type == "token_replace"
     grid = _grid(transformer, given, slots, first_frame)
-    return Prepared(grid, _lengths(grid, counts))
+    return Prepared(grid, _lengths(grid, counts), latent_patch=_patch(config))
 
 
 def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
     """1.5 joins image, byT5 and prompt tokens in its forward, valid ones first; two host syncs."""
-    image = given["image_embeds"]
+    patch, image = _patch(transformer.config), given["image_embeds"]
     images = image.shape[1] if bool(image.any()) else 0
     masks = {suffix: given[f"encoder_attention_mask{suffix}"].bool() for suffix in ("", "_2")}
     counts = [images + n for n in sum(mask.sum(1) for mask in masks.values()).tolist()]
     if keep_padding:
         slots = image.shape[1] + sum(mask.shape[1] for mask in masks.values())
         grid = _grid(transformer, given, slots, first_frame=images > 0)
-        return Prepared(grid, _lengths(grid, counts))
+        return Prepared(grid, _lengths(grid, counts), latent_patch=patch)
     changed = {"image_embeds": image[:, :images]}
     for suffix, mask in masks.items():
         used = mask.any(0)
@@ -130,7 +130,11 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
             changed[name] = given[name][:, used]
     slots = images + sum(changed[f"encoder_attention_mask{suffix}"].shape[1] for suffix in masks)
     grid = _grid(transformer, given, slots, first_frame=images > 0)
-    return Prepared(grid, _lengths(grid, counts), changed)
+    return Prepared(grid, _lengths(grid, counts), changed, latent_patch=patch)
+
+
+def _patch(config: Any) -> tuple[int, int, int]:
+    return config.patch_size_t, config.patch_size, config.patch_size
 
 
 def _grid(transformer: Any, given: dict[str, Any], slots: int, first_frame: bool) -> VideoGrid:
@@ -161,11 +165,11 @@ def self_attentions(transformer: Any) -> Iterator[nn.Module]:
 
 
 def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
-    """Block order behind the patch embedding and RoPE, raster order before the output norm."""
+    """Block order behind RoPE, raster order before the output norm.
 
-    def patches(module, args, output: Tensor) -> Tensor:  # (B, S, C)
-        order = call.order(output)
-        return output if order is None else output[:, order[0]]
+    The latent video comes in block order already: the patch embedding is among the blocks that
+    `compile_repeated_blocks` compiles, and a hook on it would break its graph.
+    """
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:  # (S, D) each
         order = call.order(output[0])
@@ -175,7 +179,6 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
         order = call.order(args[0])
         return args if order is None else (args[0][:, order[1]], *args[1:])
 
-    yield transformer.x_embedder.register_forward_hook(patches).remove
     yield transformer.rope.register_forward_hook(rope).remove
     yield transformer.norm_out.register_forward_pre_hook(restore).remove
 

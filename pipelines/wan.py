@@ -112,8 +112,11 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
         order = call.order(output)
         if order is None:
             return output
-        tokens = output.flatten(2)  # forward would pad a control stream that is too short itself
-        return F.pad(tokens, (0, call.grid.tokens - tokens.shape[2]))[..., order[0]]
+        tokens = output.flatten(2)
+        missing = call.grid.tokens - tokens.shape[2]
+        if missing:  # forward would pad a control stream that is too short itself
+            tokens = F.pad(tokens, (0, missing))
+        return tokens[..., order[0]]
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         order = call.order(output[0])

@@ -9,6 +9,7 @@ JSON a kernel: shared memory in bytes and counts of instructions.
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,14 +17,20 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse.kernels import dot, tiles  # noqa: E402
+from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
+
+GLUON_TILES = [tiles.Tile(128, 128, 8, 2, True), tiles.Tile(64, 64, 4, 2, True)]
+GLUON_TILES += [tiles.Tile(128, 64, 8, 2, True), tiles.Tile(64, 128, 4, 2, True)]
 
 
 class Driver:
@@ -47,7 +54,7 @@ class Driver:
 
 def launches(everything: bool):
     """(name, call) of each configuration; the ones users meet first unless `everything`."""
-    head_dims = (32, 64, 128, 256) if everything else (128,)
+    head_dims = (16, 32, 64, 96, 128, 256) if everything else (128,)
     dtypes = (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,)
     sizes = ((128, 128), (128, 64), (64, 64), (32, 32)) if everything else ((128, 128), (64, 64))
     for head_dim in head_dims:
@@ -62,20 +69,60 @@ def launches(everything: bool):
                 yield (
                     f"fwd {name}",
                     lambda x=x, c=counts, i=indices, s=size: block_sparse_fwd(
-                        x, x, x, c, i, block_size=s
+                        x, x, x, c, i, block_size=s, order=c.flatten()
                     ),
                 )
                 yield (
                     f"mass {name}",
                     lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
                 )
+                means = torch.zeros(1, 512 // size[1], 2, head_dim, dtype=dtype)
+                bits = torch.zeros(1, 2, 512 // size[0], -(-means.shape[1] // 8), dtype=torch.uint8)
+                yield (
+                    f"tail {name}",
+                    lambda x=x, m=means, b=bits, lse=lse, s=size: tail_fwd(
+                        x,
+                        m,
+                        m,
+                        b,
+                        block_size=s,
+                        max_kv_len=512,
+                        sparse=(x, lse),
+                        residual=(x.to(torch.float8_e4m3fn), x[..., :1].float()),
+                    ),
+                )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
+    yield "lists", lambda: block_lists(torch.zeros(1, 2, 4, 8, dtype=torch.uint8), 60, 60)
+
+
+def gluon_launches():
+    """Every tile that the Gluon kernel may be given; Hopper only."""
+    for head_dim in (64, 128):
+        x = torch.zeros(1, 512, 2, head_dim, dtype=torch.bfloat16)
+        for tile in GLUON_TILES:
+            size = (tile.rows, tile.columns)
+            counts = torch.zeros(1, 2, 512 // size[0], dtype=torch.int32)
+            indices = torch.zeros(1, 2, 512 // size[0], 8, dtype=torch.int16)
+            yield (
+                f"gluon d{head_dim} {size}",
+                lambda x=x, c=counts, i=indices, s=size, t=tile: block_sparse_fwd(
+                    x, x, x, c, i, block_size=s, order=c.flatten(), tile=t
+                ),
+            )
+
+
+def is_serialized(ptx: str) -> bool:
+    """Whether ptxas says that it lets no two matrix products overlap."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [str(ptxas), "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
+    return "serialized" in subprocess.run(command, input=ptx, capture_output=True, text=True).stderr
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", help="sm_80, sm_90, sm_100 or gfx942")
+    parser.add_argument("target", help="such as sm_80, sm_90 or gfx942")
     parser.add_argument("--all", action="store_true", help="float32 and all head dims and blocks")
+    parser.add_argument("--gluon", action="store_true", help="the Gluon kernel instead, for sm_90")
     arguments = parser.parse_args()
 
     if arguments.target.startswith("sm_"):
@@ -85,6 +132,7 @@ def main() -> None:
     driver.set_active(Driver(target))
     dot.check_device = lambda name, x: None
     dot.has_fast_descriptors = lambda device: target.arch in (90, 100)
+    tiles.family = lambda device: tiles.FAMILIES.get(target.arch, "other")
 
     compiled = []
     run = JITFunction.run
@@ -93,7 +141,10 @@ def main() -> None:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
-    for name, call in launches(arguments.all):
+    chosen = list(launches(arguments.all))
+    if arguments.gluon:
+        chosen = list(gluon_launches())
+    for name, call in chosen:
         compiled.clear()
         call()
         (kernel,) = compiled
@@ -104,6 +155,8 @@ def main() -> None:
             "wgmma": ptx.count("wgmma.mma_async"),
             "tma": ptx.count("cp.async.bulk.tensor"),
         }
+        if arguments.gluon:
+            record["serialized"] = is_serialized(ptx)
         print(json.dumps(record), flush=True)
 
 

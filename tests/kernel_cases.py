@@ -1,6 +1,6 @@
 """What the kernels must compute: inputs, a slow float64 oracle, and the tolerance rule.
 
-Used by the tests and by `benchmarks/kernel_check.py`, so it needs torch and triton only. The
+Used by the tests and by `benchmarks/kernels.py`, so it needs torch and triton only. The
 oracle expands the block lists to a mask over tokens and knows nothing of the kernels.
 """
 
@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
+from dit_sparse.kernels.tail_fwd import tail_fwd
+from dit_sparse.kernels.tiles import Tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -167,7 +170,15 @@ def max_error(got: Tensor, want: Tensor) -> float:
     return torch.where(got.double() == want, 0.0, (got.double() - want).abs()).max().item()
 
 
-def check_attention(case: Case, device: str) -> dict[str, float]:
+def gluon_tile(case: Case) -> Tile | None:
+    """The tile with which the Gluon kernel serves `case`, None where it does not."""
+    if case.head_dim not in (64, 128) or case.dtype == FP32 or case.sample_lens is not None:
+        return None
+    rows, columns = case.block_size
+    return None if min(rows, columns) < 64 else Tile(rows, columns, rows // 16, 2, gluon=True)
+
+
+def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[str, float]:
     """Run the kernel on `case`; raise AssertionError unless it is within the rule.
 
     Output: error <= 2x that of torch's math attention in the same dtype + 2 ulp.
@@ -198,6 +209,7 @@ def check_attention(case: Case, device: str) -> dict[str, float]:
         block_size=case.block_size,
         scale=case.scale,
         kv_len=kv_len,
+        tile=tile,
     )
     assert out.shape == query.shape and out.dtype == query.dtype
     assert lse.shape == mask.shape[:3] and lse.dtype == torch.float32
@@ -261,3 +273,82 @@ def check_pool(case: Case, device: str) -> dict[str, float]:
     error = max_error(pooled, want)
     assert error <= 1e-6, f"{case.name}: pooled {error}"
     return {"pool": error}
+
+
+def pooled(x: Tensor, block_size: int, kv_len: Tensor | None) -> Tensor:
+    """Means of each block's valid tokens, `(B, N, H, D)` in the dtype of `x`, block by block."""
+    means = torch.zeros(x.shape[0], -(-x.shape[1] // block_size), *x.shape[2:], device=x.device)
+    for sample in range(x.shape[0]):
+        length = x.shape[1] if kv_len is None else int(kv_len[sample])
+        for start in range(0, length, block_size):
+            block = x[sample, start : min(start + block_size, length)]
+            means[sample, start // block_size] = block.double().mean(0)
+    return means.to(x.dtype)
+
+
+def tail_bias(case: Case, blocks: Tensor, kv_len: Tensor | None) -> Tensor:
+    """Log of the valid tokens of each block that is left out, else -inf: `(B, H, S, Nkv)`."""
+    valid = token_mask(case, torch.ones_like(blocks), kv_len)[:, :, :1].double()
+    tokens = torch.stack([part.sum(-1) for part in valid.split(case.block_size[1], -1)], -1)
+    kept = blocks.repeat_interleave(case.block_size[0], 2)[:, :, : case.q_len]
+    return tokens.log().masked_fill(kept, float("-inf"))
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, S, D)` with a bias on its logits, and the LSE; products in q's dtype."""
+    scores = (q @ k.transpose(2, 3)).to(bias.dtype) * scale + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # rows without a key
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse
+
+
+def check_tail(case: Case, device: str) -> dict[str, float]:
+    """Run `tail_fwd` on `case`, alone and after a sparse part; the limits of `check_attention`.
+
+    Both see the same means, rounded to the dtype: how well means speak for keys is not tested here.
+    """
+    query, key, value, blocks, kv_len = draw(case, device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    keys, values = (pooled(x, case.block_size[1], kv_len) for x in (key, value))
+    bias = tail_bias(case, blocks, kv_len)
+    mask = token_mask(case, blocks, kv_len)
+    sparse, sparse_lse = oracle(query, key, value, mask, scale)
+    sparse = sparse.to(case.dtype), sparse_lse.float()
+    none = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, float("-inf"))
+    problems = {
+        "tail": (None, keys, values, bias),
+        "both": (
+            sparse,
+            torch.cat([key, keys], 1),
+            torch.cat([value, values], 1),
+            torch.cat([none, bias.expand(*mask.shape[:3], -1)], -1),
+        ),
+    }
+    bits = BlockMask.from_dense(blocks, case.q_len, case.kv_len, case.block_size).bits
+    errors = {}
+    for name, (start, k, v, added) in problems.items():
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (query, k, v))
+        want, want_lse = biased(*(x.double() for x in (q, k, v)), added, scale)
+        math, math_lse = biased(q, k, v, added.float(), scale)
+        out, lse = tail_fwd(
+            query,
+            keys,
+            values,
+            bits,
+            block_size=case.block_size,
+            max_kv_len=case.kv_len,
+            kv_len=kv_len,
+            scale=case.scale,
+            sparse=start,
+        )
+        assert out.shape == query.shape and out.dtype == query.dtype
+        assert lse.shape == mask.shape[:3] and lse.dtype == torch.float32
+        errors[name] = max_error(out, want)
+        errors[f"{name}_lse"] = max_error(lse, want_lse)
+        limit = 2 * max_error(math, want) + 2 * ulp(want, case.dtype)
+        assert errors[name] <= limit, f"{case.name}: {name} {errors[name]} > {limit}"
+        limit = 2 * max_error(math_lse, want_lse) + 1e-5
+        assert errors[f"{name}_lse"] <= limit, f"{case.name}: {name} LSE > {limit} {errors}"
+        empty = want_lse.isneginf().transpose(1, 2)
+        assert (out[empty] == 0).all(), f"{case.name}: {name} of empty rows is not 0"
+    return errors

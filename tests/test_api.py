@@ -16,8 +16,9 @@ from dit_sparse import (
     enable_sparse_attention,
     supported_pipelines,
 )
-from dit_sparse.attention import refuse_missing_triton, why_not_triton
+from dit_sparse.attention import refuse_missing
 from dit_sparse.config import SparseConfig
+from dit_sparse.engines import triton_engine
 
 
 @pytest.mark.parametrize("thing", [object(), torch.nn.Linear(2, 2), None, "wan"])
@@ -57,18 +58,19 @@ def test_methods_of_the_user_work_like_ours():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_triton_without_a_gpu_is_refused_when_enabling():
+@pytest.mark.parametrize("engine", ["triton", "fa4"])
+def test_an_engine_without_its_gpu_is_refused_when_enabling(engine):
     pipe = tiny_wan()
-    with pytest.raises(ValueError, match="need a GPU.*use engine='auto'"):
-        enable_sparse_attention(pipe, engine="triton")
+    with pytest.raises(ValueError, match=f"engine='{engine}'.* GPU .*use engine='auto'"):
+        enable_sparse_attention(pipe, engine=engine)
     assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
 
 
 def test_missing_triton_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert why_not_triton("cuda") == "triton is not installed"
+    assert triton_engine.missing("cuda") == "triton is not installed"
     with pytest.raises(ValueError, match="triton is not installed; use engine='auto'"):
-        refuse_missing_triton("cuda")
+        refuse_missing("triton", "cuda")
 
 
 def python(code: str) -> None:
@@ -94,3 +96,15 @@ def test_every_public_name_is_there():
     assert set(dit_sparse.__all__) <= set(dir(dit_sparse))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dit_sparse.nothing  # noqa: B018
+
+
+def test_switches_are_true_or_false():
+    for name in ("measure", "keep_padding"):
+        with pytest.raises(ValueError, match=f"{name} is True or False, got 'no'"):
+            enable_sparse_attention(tiny_wan(), **{name: "no"})
+
+
+def test_too_few_steps_are_refused_when_enabling():
+    for steps in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="num_steps is a whole number of at least 1"):
+            enable_sparse_attention(tiny_wan().transformer, num_steps=steps)

@@ -117,7 +117,7 @@ def test_bad_arguments_say_what_was_expected():
         sparse_attention(query.half(), key, value, packed)
     with pytest.raises(ValueError, match="need a GPU"):
         sparse_attention(query, key, value, packed, engine="triton")
-    with pytest.raises(ValueError, match="auto, triton or torch"):
+    with pytest.raises(ValueError, match="auto, triton, fa4, flex, torch"):
         sparse_attention(query, key, value, packed, engine="cuda")
     with pytest.raises(ValueError, match=r"\(B, S, H, D\)"):
         sparse_attention(query[0], key, value, packed)

@@ -32,6 +32,16 @@ def test_indices_list_the_kept_blocks_in_order():
         assert indices[tuple(row)][: counts[tuple(row)]].tolist() == kept.tolist()
 
 
+def test_the_longest_rows_of_the_fullest_head_start_first():
+    mask = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
+    mask[0, 0, :, 0] = True
+    mask[0, 1, 0, :2] = mask[0, 1, 1, :4] = mask[0, 1, 2, :3] = True
+    packed = BlockMask.from_dense(mask, 192, 256)
+    before = packed.nbytes()
+    assert packed.work_order.tolist() == [4, 5, 3, 0, 1, 2]
+    assert packed.nbytes() == before + 4 * 6
+
+
 def test_density_counts_valid_tokens_only():
     mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     mask[0, 0, 0, 0] = mask[0, 0, 1, 1] = True
@@ -44,10 +54,26 @@ def test_full_keeps_everything():
     assert full.density.item() == 1 and full.to_dense().all()
 
 
-def test_flex_mask_attends_the_same_blocks():
+def test_flex_mask_lists_the_same_blocks():
     mask = random_mask(5, 5)
     flex = BlockMask.from_dense(mask, 320, 320).to_flex()
     assert flex.to_dense().bool().equal(mask)
+
+
+@pytest.mark.parametrize("q_len,kv_len", [(300, 520), (320, 320), (65, 1)])
+def test_fa4_fields_list_the_same_blocks_as_full_ones(q_len, kv_len):
+    mask = random_mask(-(-q_len // 64), -(-kv_len // 64))
+    mask[0, 0, 0] = False  # a row without blocks
+    fields = BlockMask.from_dense(mask, q_len, kv_len).to_fa4()
+    counts, indices = fields["full_block_cnt"], fields["full_block_idx"]
+    assert counts.dtype == indices.dtype == torch.int32 and fields["block_size"] == (64, 64)
+    assert not fields["mask_block_cnt"].any() and fields["mask_block_cnt"].shape == counts.shape
+    again = torch.zeros_like(mask)
+    for row in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
+        kept = indices[tuple(row)][: counts[tuple(row)]].tolist()
+        assert kept == sorted(kept)  # only the last one is masked at the end of the keys
+        again[tuple(row)][kept] = True
+    assert again.equal(mask)
 
 
 def test_wrong_shape_says_what_was_expected():

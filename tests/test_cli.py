@@ -92,6 +92,7 @@ def test_method_options_are_read_as_python_values():
         ("adaspa:densty=0.5", "did you mean 'density'"),
         ("adaspa:density", "density=0.2"),
         ("adaspa:density=abc", "'abc'"),
+        ("adaspa:density=0.2,density=0.5", "density is given twice"),
         pytest.param("adaspa:engine=triton", "use engine='auto'", marks=NEEDS_NO_GPU),
     ],
 )
@@ -122,6 +123,8 @@ def test_bad_numbers_are_refused(tmp_path):
     base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
     assert "num_inference_steps" in refused(2, *base, "--steps", 0)
     assert "height" in refused(2, *base, "--height", -64)
+    assert "2 is given more than once" in refused(2, *base, "--seed", 2, "--seed", 2)
+    assert "given twice" in refused(2, *base, "-m", SMALL, "-m", SMALL)
     assert "--dtype" in refused(2, *base, "--dtype", "int8")
     assert "--device" in refused(2, *base, "--device", "gpu")
 

@@ -155,7 +155,11 @@ def test_a_pipeline_without_call_file_uses_its_own_defaults(pipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"prompts": []}, "--prompt"), ({"methods": (SMALL, SMALL)}, "given twice")],
+    [
+        ({"prompts": []}, "--prompt"),
+        ({"methods": (SMALL, SMALL)}, "given twice"),
+        ({"seeds": [0, 1, 0]}, "given twice"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused_first(pipe, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Step and branch where diffusers' context does not tell them."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +83,50 @@ def test_a_run_of_another_pipeline_is_refused():
     pipe._current_timestep = None  # its run has ended
     with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
         model.read(torch.tensor([900.0]))
+
+
+def test_a_run_of_another_pipeline_after_one_that_failed_is_refused():
+    pipe, transformer = Pipeline(), Transformer()
+    model = Denoising(pipe, None)
+    model.watch(transformer, on_end=lambda: None)
+    pipe._current_timestep = torch.tensor(900.0)
+    with pytest.raises(KeyError), transformer.cache_context("cond"):
+        model.read(pipe._current_timestep)
+        raise KeyError
+    with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
+        model.read(torch.tensor([900.0]))
+    assert pipe.run([model] * 4, calls=1) == [(step, 4, "call_0") for step in range(4)]
+
+
+class Transformer:
+    """A bare transformer, with what every cacheable model of diffusers has."""
+
+    @contextlib.contextmanager
+    def cache_context(self, name, **fields):
+        yield
+
+    def _reset_stateful_cache(self):
+        pass
+
+
+def test_a_timestep_of_its_own_for_each_guidance_call_is_one_step():
+    model = Denoising(Transformer(), 3)
+    for _ in range(2):
+        seen = [model.read(torch.tensor([900.0 - 100 * step])) for step in (0, 0, 1, 1, 2, 2)]
+        assert [(step, branch) for step, _, branch in seen] == [
+            (step, f"call_{call}") for step in range(3) for call in range(2)
+        ]
+
+
+def test_runs_of_one_step_each_begin_anew():
+    model = Denoising(Transformer(), 1)
+    for time in (500.0, 500.0, 400.0):
+        assert model.read(torch.tensor([time])) == (0, 1, "call_0")
+
+
+def test_more_steps_than_were_said_are_refused():
+    model = Denoising(Transformer(), 2)
+    for time in (900.0, 800.0):
+        model.read(torch.tensor([time]))
+    with pytest.raises(RuntimeError, match="step 3 of a run of 2: give num_steps="):
+        model.read(torch.tensor([700.0]))

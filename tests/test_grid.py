@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_sparse.grid import TOKEN_ORDERS, VideoGrid, tile_shape, token_order
+from dit_sparse.grid import TOKEN_ORDERS, VideoGrid, order_patches, tile_shape, token_order
 
 GRIDS = [
     VideoGrid(1, 1, 1),
@@ -98,3 +98,13 @@ def spread(grid, order):
     """Mean variance of the places of a block's tokens."""
     place = coordinates(token_order(grid, order)[0], grid.height, grid.width).float()
     return torch.stack([block.var(0).sum() for block in place.split(64)]).mean()
+
+
+def test_ordered_patches_give_ordered_tokens():
+    """The last row and column are no whole patch, and a convolution leaves them out."""
+    grid, patch = VideoGrid(2, 3, 4), (2, 2, 3)
+    embedding = torch.nn.Conv3d(3, 5, patch, stride=patch)
+    latents, permutation = torch.randn(2, 3, 4, 7, 13), torch.randperm(grid.video_tokens)
+    ordered = order_patches(latents, grid, patch, permutation)
+    tokens, expected = (embedding(x).flatten(2) for x in (ordered, latents))
+    assert (tokens - expected[..., permutation]).abs().max() < 1e-6

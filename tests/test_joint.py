@@ -246,6 +246,19 @@ class TestFusedProjections:
         assert handle.report().dense_calls == 2
 
 
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5"])
+def test_compiles_without_a_graph_break(name):
+    """diffusers compiles the patch embedding and the token refiner, too."""
+    torch.manual_seed(0)
+    make, call = CASES[name]
+    transformer, call = make(), call()
+    enable_sparse_attention(transformer, **SPARSE | {"num_steps": 3})
+    eager = run(transformer, call, steps=3)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert (run(transformer, call, steps=3) - eager).abs().max() < 1e-5
+
+
 def framepack():
     return HunyuanVideoFramepackTransformer3DModel(
         num_attention_heads=1,

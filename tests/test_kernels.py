@@ -11,17 +11,43 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_cases import CASES, FP32, Case, check_attention, check_mass, check_pool  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    CASES,
+    FP32,
+    Case,
+    check_attention,
+    check_mass,
+    check_pool,
+    check_tail,
+    draw,
+    gluon_tile,
+    to_lists,
+)
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from dit_sparse import BlockMask, attention, reference  # noqa: E402
-from dit_sparse.kernels import dot  # noqa: E402
+from dit_sparse import BlockMask, reference  # noqa: E402
+from dit_sparse.engines import triton_engine  # noqa: E402
+from dit_sparse.kernels import dot, tiles  # noqa: E402
+from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMED = {case.name: case for case in CASES}
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {  # bytes that one program may have
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+NOT_HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
 
 
 def by_name(*names):
@@ -64,7 +90,7 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     mask[..., 3] = mask[..., 0, 0] = True
     packed = BlockMask.from_dense(mask, 100, 100, (32, 32))
     arguments = {"kv_len": torch.tensor([40, 0, 98]), "scale": None}
-    output, lse = attention._triton(query, key, value, packed, **arguments)
+    output, lse = triton_engine.attend(query, key, value, packed, **arguments)
     expected, expected_lse = reference.sparse_attention(query, key, value, packed, **arguments)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
@@ -101,6 +127,18 @@ def test_block_pool_averages_valid_tokens(case):
     check_pool(case, DEVICE)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tail_is_as_exact_as_math_attention(case, path):
+    if path == "descriptor" and case.dtype == FP32:
+        pytest.skip("float32 has one path")
+    check_tail(case, DEVICE)
+
+
+def test_tail_reads_every_byte_of_the_mask():
+    # 70 kv blocks: two tiles of pooled keys, the last byte of a row cut.
+    check_tail(Case("", q_len=70, kv_len=2230, block_size=(32, 32), heads=1), DEVICE)
+
+
 def test_no_tail_tile_when_lists_keep_only_full_blocks():
     # Row 0 keeps block 0 alone: its tokens must not see the short last block.
     case = replace(NAMED["only-the-last-block"], kept="one", q_len=100, kv_len=130)
@@ -115,6 +153,112 @@ def test_equal_calls_are_bit_equal():
         block_sparse_fwd(x, x, x, counts, indices, block_size=(64, 64)) for _ in range(2)
     )
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 1023, 1024, 2060])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_block_lists_are_those_of_plain_torch(blocks, dtype):
+    mask = torch.rand(2, 2, 3, blocks) < 0.3
+    mask[0, 0, 0], mask[1, 1, 2] = False, True
+    packed = BlockMask.from_dense(mask, 3 * 64, blocks * 64)
+    counts, indices = packed.indices(dtype)  # plain torch
+    got = block_lists(packed.bits.to(DEVICE), blocks, packed.max_blocks, dtype)
+    assert got[0].cpu().equal(counts) and got[1].cpu().equal(indices)
+
+
+def test_the_order_of_rows_changes_nothing(path):
+    case = replace(NAMED["some-rows-empty"], q_len=200, heads=3)
+    query, key, value, blocks, _ = draw(case, DEVICE)
+    packed = BlockMask.from_dense(blocks, case.q_len, case.kv_len)
+    lists = (*to_lists(blocks),)
+    plain = block_sparse_fwd(query, key, value, *lists, block_size=(64, 64))
+    ordered = block_sparse_fwd(
+        query, key, value, *lists, block_size=(64, 64), order=packed.work_order
+    )
+    assert torch.equal(plain[0], ordered[0]) and torch.equal(plain[1], ordered[1])
+
+
+@pytest.mark.parametrize("tile", [(64, 64, 4, 2), (64, 32, 4, 3), (32, 128, 8, 1)])
+def test_every_tile_gives_the_same_attention(tile, path):
+    x = torch.randn(1, 300, 2, 64, device=DEVICE, dtype=torch.float16)
+    mask = torch.rand(1, 2, 3, 3, device=DEVICE) < 0.6
+    mask[..., -1] = True
+    lists = to_lists(mask)
+    usual = block_sparse_fwd(x, x, x, *lists, block_size=(128, 128))
+    other = block_sparse_fwd(x, x, x, *lists, block_size=(128, 128), tile=tiles.Tile(*tile))
+    torch.testing.assert_close(usual[0], other[0], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(usual[1], other[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
+    ran = []
+
+    def run(tile):
+        ran.append(tile)
+        if tile.num_stages > 1 or tile.columns > 32:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+
+    for _ in range(2):
+        tiles.launch(("test",), tiles.Tile(128, 64, 4, 3), run)
+    assert ran[-2:] == [tiles.Tile(128, 32, 4, 1)] * 2 and len(ran) == 5
+    assert caplog.text.count("does not run here") == 1
+
+
+def test_triton_runs_where_gluon_fails_in_whatever_way(caplog):
+    ran = []
+
+    def run(tile):
+        ran.append(tile)
+        if tile.gluon:
+            raise AttributeError("this Triton has no such name")
+
+    for _ in range(2):
+        tiles.launch(("gluon",), tiles.Tile(64, 64, 4, 2, True), run)
+    assert ran[1:] == [tiles.Tile(64, 64, 4, 2)] * 2
+    assert caplog.text.count("does not run here") == 1
+
+
+def test_an_error_of_triton_is_not_hidden():
+    def run(tile):
+        raise AttributeError("a mistake of ours")
+
+    with pytest.raises(AttributeError):
+        tiles.launch(("broken",), tiles.Tile(64, 64, 4, 2), run)
+
+
+@pytest.mark.parametrize(
+    "head_dim, block, gluon, other",
+    [
+        (128, 128, (128, 64, 4, 2, False), (128, 64, 4, 2, False)),
+        (128, 64, (64, 64, 4, 2, True), (64, 64, 4, 3, False)),
+        (64, 128, (64, 128, 4, 2, True), (128, 64, 4, 3, False)),
+        (64, 64, (64, 64, 4, 2, True), (64, 64, 4, 3, False)),
+    ],
+)
+def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluon, other):
+    monkeypatch.setattr(tiles, "family", lambda device: "hopper")
+    asked = tiles.FORWARD, torch.device("cpu"), "descriptor", head_dim, (block, block)
+    assert tiles.tile_for(*asked, gluon=True) == gluon
+    assert tiles.tile_for(*asked) == other
+
+
+def test_gluon_is_for_hopper_alone(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(tiles.dot, "INTERPRETING", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, runs in (((9, 0), True), ((10, 0), False), ((8, 9), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        tiles.gluon_runs.cache_clear()
+        assert tiles.gluon_runs(device) is runs
+    tiles.gluon_runs.cache_clear()
+
+
+def test_a_gpu_that_takes_no_tile_says_so():
+    def run(tile):
+        raise OutOfResources(200_000, 100, "shared memory")
+
+    with pytest.raises(OutOfResources):
+        tiles.launch(("none",), tiles.Tile(128, 64, 4, 3), run)
 
 
 def arguments(**changes):
@@ -161,6 +305,18 @@ def test_pool_and_mass_check_their_arguments():
         block_mass(x, x, torch.zeros(1, 2, 99, device=DEVICE), block_size=(64, 64))
 
 
+def test_tail_checks_its_arguments():
+    x, means = torch.zeros(1, 100, 2, 64, device=DEVICE), torch.zeros(1, 2, 2, 64, device=DEVICE)
+    bits = torch.zeros(1, 2, 2, 1, dtype=torch.uint8, device=DEVICE)
+    options = {"block_size": (64, 64), "max_kv_len": 100}
+    with pytest.raises(ValueError, match="must hold 3 blocks"):
+        tail_fwd(x, means, means, bits, block_size=(64, 64), max_kv_len=130)
+    with pytest.raises(ValueError, match=r"bits must have shape \(1, 2, 2, 1\)"):
+        tail_fwd(x, means, means, bits[:, :, :1], **options)
+    with pytest.raises(ValueError, match="sparse lse must have shape"):
+        tail_fwd(x, means, means, bits, sparse=(x, x[..., 0]), **options)
+
+
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(dot, "INTERPRETING", False)
     with pytest.raises(ValueError, match="must be on a cuda device, got cpu"):
@@ -179,11 +335,32 @@ def compile_for(target, *options):
 def test_kernels_compile_for_hopper_with_wgmma_and_tma():
     for kernel in compile_for("sm_90"):
         assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
-        if not kernel["kernel"].startswith("pool"):
+        if kernel["kernel"].startswith(("fwd", "mass")):
             assert kernel["wgmma"] > 0 and kernel["tma"] > 0, kernel
 
 
+def test_the_gluon_kernel_compiles_for_hopper_and_its_products_overlap():
+    for kernel in compile_for("sm_90", "--gluon"):
+        assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
+        assert kernel["wgmma"] > 0 and kernel["tma"] > 0 and not kernel["serialized"], kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", filter(gluon_tile, CASES), ids=lambda case: case.name)
+def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
+    if NOT_HOPPER:
+        pytest.skip("needs Hopper")
+    check_attention(case, DEVICE, gluon_tile(case))
+
+
+@pytest.mark.parametrize("target", ["sm_86", "gfx942"])
+def test_what_users_meet_first_fits_the_smallest_shared_memory(target):
+    for kernel in compile_for(target):
+        assert kernel["shared"] <= SHARED_MEMORY[target], kernel
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # seven targets, some sixty kernels each
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_every_configuration_fits_shared_memory(target):
     for kernel in compile_for(target, "--all"):

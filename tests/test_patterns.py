@@ -1,17 +1,29 @@
 """Selectors and methods against slow loops."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, RandomBlocks, VideoGrid, Window
+from dit_sparse import (
+    AdaSpa,
+    DraftAttention,
+    RandomBlocks,
+    Rettention,
+    SparseVDiT,
+    VideoGrid,
+    Window,
+)
+from dit_sparse.calibrate import ModeSearch
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
 from dit_sparse.patterns.select import (
+    blocks_of,
     forced_blocks,
     kept_share,
+    most_blocks,
     quota_rows,
     segments_of,
     top_k_rows,
@@ -146,6 +158,19 @@ def test_window_keeps_the_nearest_blocks():
     assert mask[4].sum() == 2
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.2, 1 / 3, 0.5, 2 / 3, 0.99, 1.0])
+@pytest.mark.parametrize("blocks", [1, 7, 68, 929, 1858])
+def test_a_bound_known_without_the_gpu_changes_no_mask(density, blocks):
+    kept = blocks_of(torch.tensor([[density * 0.5, density]]), blocks)
+    most = most_blocks(density, blocks)
+    assert kept.max() <= most <= blocks
+    if blocks <= 68:
+        scores = torch.rand(1, 2, blocks, blocks)
+        forced = torch.eye(blocks, dtype=torch.bool)
+        asked = top_k_rows(scores, kept, forced)
+        assert top_k_rows(scores, kept, forced, most).equal(asked)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -154,12 +179,60 @@ def test_window_keeps_the_nearest_blocks():
         ({"density": "0.2"}, "got '0.2'"),
         ({"order": "hilbert"}, "raster, tile, curve, patch"),
         ({"block_size": 48}, "32, 64, 128"),
-        ({"engine": "cuda"}, "auto, triton, torch"),
+        ({"engine": "cuda"}, "auto, triton, fa4, flex, torch"),
         ({"search_at": (0.6, 0.2)}, "increasing"),
         ({"search_at": ()}, "increasing"),
         ({"search_at": (1.0,)}, "in \\[0, 1\\)"),
+        ({"density": math.nan}, "got nan"),
+        ({"block_size": 64.0}, "32, 64, 128, got 64.0"),
+        ({"every_step": "no"}, "every_step is True or False, got 'no'"),
+        ({"own_block": 1}, "own_block is True or False"),
+        ({"recall_threshold": "abc"}, "0 to 1, got 'abc'"),
+        ({"recall_threshold": 80}, "0 to 1, got 80"),
+        ({"head_adaptive": "no"}, "head_adaptive is True or False"),
     ],
 )
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         AdaSpa(**options)
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        (RandomBlocks, {"seed": "x"}, "seed is a whole number"),
+        (RandomBlocks, {"seed": -1}, "of at least 0, got -1"),
+        (Window, {"time_scale": math.nan}, "time_scale must be a number above 0, got nan"),
+        (Window, {"time_scale": math.inf}, "above 0, got inf"),
+        (Rettention, {"ramp": math.nan}, "at least 0, got nan"),
+        (Rettention, {"clamp": "no"}, "clamp is True or False"),
+        (Rettention, {"pool": 0}, "pool is a whole number"),
+        (DraftAttention, {"row_floor": 1.5}, "row_floor is a whole number"),
+        (SparseVDiT, {"table": 5}, "needs table=FILE.*got 5"),
+        (ModeSearch, {"weight": math.nan}, "weight is a number of at least 0, got nan"),
+        (ModeSearch, {"epsilon": "x"}, "epsilon is a number of at least 0, got 'x'"),
+        (ModeSearch, {"order": "hilbert"}, "raster, tile, curve, patch"),
+    ],
+)
+def test_bad_options_of_other_methods(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
+
+
+def test_random_blocks_differ_between_layers_and_searches():
+    config = RandomBlocks(density=0.3)
+    search = make_search(VideoGrid(4, 8, 16))
+    first, layer, step, again = (
+        config.find(replace(search, layer=layer, step=step)).mask
+        for layer, step in ((0, 2), (1, 2), (0, 7), (0, 2))
+    )
+    assert again.equal(first) and not layer.equal(first) and not step.equal(first)
+    assert not RandomBlocks(density=0.3, seed=2**64).find(search).mask.equal(first)
+
+
+def test_a_window_plans_one_mask_for_all_heads():
+    shape = (2, 640, 8, 64)
+    found = Window(density=0.3).find(make_search(VideoGrid(4, 8, 16))).mask
+    assert found.shape[:2] == (1, 1)
+    assert Window().cache_bytes(shape, 2) == 10 * 2
+    assert RandomBlocks().cache_bytes(shape, 2) == 2 * 8 * 10 * 2

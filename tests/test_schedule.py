@@ -1,5 +1,8 @@
 """When a layer runs dense, searches, or reuses."""
 
+import pytest
+
+from dit_sparse import AdaSpa, Auto, DraftAttention, Rettention, Window
 from dit_sparse.schedule import search_steps, step_kind
 
 AT = (0.2, 0.6)
@@ -32,6 +35,23 @@ def test_few_steps():
 def test_a_search_that_a_cache_skipped_is_made_up_for():
     assert run(25, skipped=(15, 16)).count("search") == 2
     assert step_kind(17, 25, AT, found_at=5) == "search"
+
+
+@pytest.mark.parametrize(
+    ("config", "num_steps", "corrected", "cost"),
+    [
+        (AdaSpa(density=0.2), 50, 0, (10 + 1.5 + 0.7 + 38 * 0.2) / 50),
+        (AdaSpa(density=0.2), 2, 0, (1.5 + 0.7) / 2),
+        (Rettention(density=0.1, search_at=(0.3, 0.5)), 10, 1, (3 + 2 * 1.1 + 5 * 0.1) / 10),
+        (Window(density=0.3), 5, 0, (1 + 4 * 0.3) / 5),
+        (DraftAttention(density=0.25), 8, 0, (2 + 6 * 0.25) / 8),
+        (Auto(density=0.1), 4, 1, (1 + 1.6 + 1.6 + 0.1) / 4),
+        (Auto(density=0.1), 4, 0.5, (1 + 1.55 + 1.1 + 0.1) / 4),
+    ],
+)
+def test_planned_cost(config, num_steps, corrected, cost):
+    planned = config.planned_cost(num_steps, config.density, corrected)
+    assert planned == pytest.approx(cost)
 
 
 def test_a_transformer_that_starts_in_the_middle_searches_first():

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,10 +147,19 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
     table = made(tiny := tiny_wan(), tmp_path, lambda: generate(tiny, steps=2))
     with pytest.raises(ValueError, match="density=0.5, got 0.2"):
         SparseVDiT(table=table, block_size=32)
+    assert SparseVDiT(table=Path(table), density=0.5, block_size=32).table == table
     with pytest.raises(ValueError, match="needs table="):
         SparseVDiT()
     with pytest.raises(ValueError, match="no mode table at"):
         SparseVDiT(table=str(tmp_path / "missing.json"))
+
+
+def test_what_is_planned_for_a_batch_is_what_is_kept(tmp_path):
+    pipe = tiny_wan()
+    handle = enable(pipe, made(pipe, tmp_path))
+    generate(pipe, prompt=["a red ball", "a dog"])
+    report = handle.report()
+    assert report.planned_cache_bytes == report.peak_cache_bytes > 0
 
 
 def test_the_command_writes_a_table_that_generate_takes(tmp_path):

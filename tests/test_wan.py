@@ -373,10 +373,138 @@ def test_measured_cost_and_mass(pipe):
     # 25 tokens short of a block make densities uneven: sum the log by hand
     by_hand = [1.0 if e["density"] is None else sum(e["density"]) / 2 for e in report.trace]
     searches = [e for e in report.trace if e["kind"] == "search"]
-    sampled = [e for e in report.trace if e["kind"] == "reuse"]
+    sampled = [e for e in report.trace if e["density"] is not None]
     rows = 64 / 108 * 0.5
     total = sum(by_hand) + 0.5 * len(searches) + rows * len(sampled)
     assert report.effective_cost == pytest.approx(total / len(report.trace))
     assert "effective cost" in str(report)
     assert report.engines == ["torch"]
     assert all((e["density"] is None) == (e["step"] <= 1) for e in report.trace)
+
+
+def test_a_run_that_skips_a_transformer_does_not_report_its_last_run():
+    stock = tiny_wan()
+    second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
+    pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
+    pipe.set_progress_bar_config(disable=True)
+    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    generate(pipe)
+    both, second_trace = handle.report(), handle._installed[1].state.trace
+    assert second_trace and both.steps == 6
+    pipe.register_to_config(boundary_ratio=0.0)  # the first expert does it all
+    generate(pipe)
+    assert not handle._installed[1].state.trace
+    assert handle.report().steps == 6 and len(handle.report().trace) == len(both.trace)
+
+
+def test_a_run_that_failed_between_two_calls_is_not_in_the_report_of_the_next():
+    stock = tiny_wan()
+    second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
+    pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
+    pipe.set_progress_bar_config(disable=True)
+    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+
+    def fail(pipe, step, timestep, kwargs):  # where diffusers tells no transformer
+        if step == 5:
+            raise ZeroDivisionError
+        return kwargs
+
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, callback_on_step_end=fail)
+    assert handle._installed[1].state.trace
+    pipe.register_to_config(boundary_ratio=0.0)
+    generate(pipe)
+    report = handle.report()
+    assert not handle._installed[1].state.trace and len(report.trace) == 6 * 2 * 2
+
+
+@pytest.mark.parametrize("between_calls", [False, True])
+def test_another_pipeline_on_the_transformer_after_a_run_that_failed(pipe, between_calls):
+    enable_sparse_attention(pipe, **SPARSE)
+    other = WanVideoToVideoPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    expected = video_to_video(tiny_video_to_video(), SPARSE)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    hook = None if between_calls else pipe.transformer.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, callback_on_step_end=fail if between_calls else None)
+    if hook is not None:
+        hook.remove()
+    with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
+        video_to_video(other)
+    assert video_to_video(other, SPARSE).equal(expected)
+
+
+def tiny_video_to_video():
+    pipe = WanVideoToVideoPipeline.from_pipe(tiny_wan())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def video_to_video(pipe, options=None):
+    if options is not None:
+        enable_sparse_attention(pipe, **options)
+    text = torch.ones(1, 16, 32)
+    return pipe(
+        video=[Image.new("RGB", (96, 96), (20 * i, 0, 0)) for i in range(9)],
+        prompt_embeds=text,
+        negative_prompt_embeds=-text,
+        height=96,
+        width=96,
+        num_inference_steps=8,
+        strength=0.8,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).frames
+
+
+def test_a_backend_set_while_enabled_stays_when_disabled(pipe):
+    with enable_sparse_attention(pipe, **SPARSE):
+        pipe.transformer.set_attention_backend("_native_math")
+    backends = {b.attn1.processor._attention_backend.value for b in pipe.transformer.blocks}
+    pipe.transformer.reset_attention_backend()
+    assert backends == {"_native_math"}
+
+
+def test_a_run_that_costs_more_than_dense_says_so(pipe):
+    handle = enable_sparse_attention(pipe, density=0.9, search_at=(0.0, 0.5))
+    generate(pipe)
+    report = handle.report()
+    assert report.effective_cost >= 1
+    assert any("times that of dense" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(1, True), (3, True), (6, False)])
+def test_a_run_that_will_cost_more_than_dense_is_told_at_its_first_step(pipe, caplog, steps, told):
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    first = []
+
+    def look(pipe, step, timestep, kwargs):
+        first.append("times that of dense" in caplog.text)
+        return kwargs
+
+    generate(pipe, steps=steps, callback_on_step_end=look)
+    assert first[0] == told
+    assert (handle.report().effective_cost >= 1) == told
+    assert caplog.text.count("times that of dense") == told
+
+
+def test_runs_that_are_dense_on_purpose_are_not_called_costly(pipe, caplog):
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0)
+    generate(pipe, steps=2)
+    assert handle.report().effective_cost == 1 and not handle.report().notes
+    assert "times that of dense" not in caplog.text
+
+
+def test_the_mass_of_an_old_log_sum_exp_is_not_reported(pipe):
+    handle = enable_sparse_attention(pipe, density=0.3, search_at=(0.0, 0.5))
+    generate(pipe)
+    searches = [entry for entry in handle.report().trace if entry["kind"] == "search"]
+    first, second = (
+        [entry["kept_mass"] for entry in searches if (entry["step"] == 0) is early]
+        for early in (True, False)
+    )
+    assert all(first) and second and not any(second)

@@ -2,10 +2,12 @@
 
 from ..config import SparseConfig
 from .adaspa import AdaSpa
+from .auto import Auto
 from .dfsattn import DFSAttn
 from .draftattention import DraftAttention
 from .random import RandomBlocks
 from .rettention import Rettention
+from .sol_attn import SolAttn
 from .sparse_vdit import SparseVDiT
 from .window import Window
 
@@ -15,6 +17,8 @@ METHODS: dict[str, type[SparseConfig]] = {
     "rettention": Rettention,
     "sparse-vdit": SparseVDiT,
     "dfsattn": DFSAttn,
+    "sol-attn": SolAttn,
+    "auto-preview": Auto,  # what method="auto" will mean
     "random": RandomBlocks,
     "window": Window,
 }

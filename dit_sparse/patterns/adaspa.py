@@ -25,12 +25,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig
+from ..config import SparseConfig, flag, is_number
 from .score import exact_mass
 from .search import Found, Search
-from .select import blocks_of, kept_share, top_k_rows
+from .select import blocks_of, kept_share, most_blocks, top_k_rows
 
-MAX_ADAPTIVE_DENSITY = 2 / 3
+TOP_LEVEL = 1.5  # the densest level of heads, as a multiple of the density
+MAX_ADAPTIVE_DENSITY = 1 / TOP_LEVEL
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,15 @@ class AdaSpa(SparseConfig):
         for model in ("HunyuanVideo", "CogVideoX 1.5")
     }
     uses_lse: ClassVar[bool] = True
+    search_cost: ClassVar[float] = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        flag("head_adaptive", self.head_adaptive)
+        if not is_number(self.recall_threshold) or not 0 <= self.recall_threshold <= 1:
+            raise ValueError(
+                f"recall_threshold is a share of mass, 0 to 1, got {self.recall_threshold!r}"
+            )
 
     def find(self, search: Search) -> Found:
         mass, cost = exact_mass(search, self.block_size, self.engine)
@@ -65,7 +75,9 @@ class AdaSpa(SparseConfig):
         return Found(mask, kept_share(mass, mask).mean(0), cost)
 
     def _select(self, mass: Tensor, density: Tensor, forced: Tensor) -> Tensor:
-        return top_k_rows(mass, blocks_of(density, mass.shape[-1]), forced)
+        blocks = mass.shape[-1]
+        most = most_blocks(TOP_LEVEL * self.density, blocks)
+        return top_k_rows(mass, blocks_of(density, blocks), forced, most)
 
     def head_densities(self, recall: Tensor) -> Tensor:
         """Half the density for the best heads, 1.5 times for as many of the worst, (B, H)."""
@@ -74,4 +86,4 @@ class AdaSpa(SparseConfig):
         rank = recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 keeps most
         density = torch.full_like(recall, self.density)
         density = torch.where(rank < levels, density * 0.5, density)
-        return torch.where(rank >= heads - levels, density * 1.5, density)
+        return torch.where(rank >= heads - levels, density * TOP_LEVEL, density)

@@ -2,7 +2,8 @@
 
 With rho = exp(LSE_sparse - LSE_dense), the share of a row's softmax mass inside the mask, and
 R = O_dense - rho O_sparse, the contribution of the keys outside (Re-ttention, Eq. 10), the dense
-output is rho O_sparse + R at the step where they are measured, and nearly so at the next.
+output is rho O_sparse + R at the step where they are measured, and nearly so at the next. Where a
+tail speaks for the keys outside (`dit_sparse/tail.py`), R = O_dense - O_sparse is what is lacking.
 """
 
 from dataclasses import dataclass
@@ -12,20 +13,31 @@ from torch import Tensor
 
 from ..reference import block_pool
 
+FP8 = torch.float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class Correction:
-    """rho (B, H, S) float32, and the residual (B, ceil(S / pool), H, D), means over `pool` tokens.
+    """What is kept of a step where dense attention ran.
 
-    With a pool of 1 the residual is whole.
+    Attributes:
+        residual: (B, ceil(S / pool), H, D), means over `pool` tokens; with a pool of 1 it is whole.
+        rho: (B, H, S) float32, None where outputs are not scaled.
+        scale: (B, S, H, 1) float32, what a residual in fp8 is multiplied by; None in other dtypes.
     """
 
-    rho: Tensor
     residual: Tensor
-    pool: int
+    rho: Tensor | None = None
+    pool: int = 1
+    scale: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.residual.shape[0]
 
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.rho, self.residual))
+        parts = (self.residual, self.rho, self.scale)
+        return sum(x.numel() * x.element_size() for x in parts if x is not None)
 
 
 def measure_correction(
@@ -36,7 +48,7 @@ def measure_correction(
     residual = dense.float() - per_row(rho) * sparse.float()
     if pool > 1:
         residual = block_pool(residual, pool).transpose(1, 2)
-    return Correction(rho, residual.to(dense.dtype), pool)
+    return Correction(residual.to(dense.dtype), rho, pool)
 
 
 def apply_correction(
@@ -49,6 +61,7 @@ def apply_correction(
         clamp: keep rho at most 1 and shrink R with the mass that is left for it, (1 - rho) of what
             it was, so that a row's weights still sum to 1.
     """
+    assert correction.rho is not None, "measured without log-sum-exps: see add_residual"
     rho, residual = correction.rho + ramp, correction.residual.float()
     if correction.pool > 1:
         residual = residual.repeat_interleave(correction.pool, 1)[:, : sparse.shape[1]]
@@ -57,6 +70,28 @@ def apply_correction(
         left = (1 - rho) / (1 - correction.rho).clamp_min(torch.finfo(rho.dtype).eps)
         residual = residual * per_row(left)
     return (per_row(rho) * sparse.float() + residual).to(sparse.dtype)
+
+
+def measure_residual(dense: Tensor, sparse: Tensor, fp8: bool = False) -> Correction:
+    """What one step's sparse output lacks of the dense one, both (B, S, H, D).
+
+    Args:
+        fp8: keep it in float8_e4m3fn with a scale for each row of D, not in the dtype of `dense`.
+    """
+    residual = (dense.float() - sparse.float()).contiguous()
+    if not fp8:
+        return Correction(residual.to(dense.dtype))
+    largest = residual.abs().amax(-1, keepdim=True)
+    scale = (largest / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return Correction((residual / scale).to(FP8), scale=scale)
+
+
+def add_residual(sparse: Tensor, correction: Correction) -> Tensor:
+    """O_sparse + R, (B, S, H, D) in the dtype of `sparse`."""
+    residual = correction.residual.float()
+    if correction.scale is not None:
+        residual = residual * correction.scale
+    return (sparse.float() + residual).to(sparse.dtype)
 
 
 def per_row(x: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 
-from ..config import SparseConfig
+from ..config import SparseConfig, whole
 from .search import Found, Search
-from .select import blocks_of, top_k_rows
+from .select import blocks_of, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
 class RandomBlocks(SparseConfig):
-    """As many random blocks in every row, drawn anew for each head and layer.
+    """As many random blocks in every row, drawn anew for each head, layer and search.
 
     Args:
         seed: of the drawing.
@@ -23,11 +23,17 @@ class RandomBlocks(SparseConfig):
     paper: ClassVar[str] = "a floor, no paper"
     cost: ClassVar[str] = "density; no search"
 
+    def __post_init__(self):
+        super().__post_init__()
+        whole("seed", self.seed, 0)
+
     def find(self, search: Search) -> Found:
         batch, _, heads, _ = search.query.shape
         device = search.query.device
         blocks = search.grid.num_blocks(self.block_size)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + search.layer)
+        seed = (self.seed * 1_000_003 + search.step) * 1009 + search.layer
+        generator = torch.Generator().manual_seed(seed % (2**61 - 1))  # any whole number
         scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
         kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
-        return Found(top_k_rows(scores, kept, self.forced(search)))
+        most = most_blocks(self.density, blocks)
+        return Found(top_k_rows(scores, kept, self.forced(search), most))

@@ -18,13 +18,14 @@ Departures, and where the paper is silent:
 - `pool` above 1 keeps the mean of R over so many tokens: 1 / pool of the memory.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..config import SparseConfig, is_number, positive, whole
+from ..config import SparseConfig, flag, is_number, positive, whole
 from .correct import Correction, apply_correction, measure_correction
 from .search import Found, Search
 from .window import nearest_blocks
@@ -64,7 +65,8 @@ class Rettention(SparseConfig):
     def __post_init__(self):
         super().__post_init__()
         whole("pool", self.pool, 1)
-        if not is_number(self.ramp) or self.ramp < 0:
+        flag("clamp", self.clamp)
+        if not is_number(self.ramp) or not 0 <= self.ramp < math.inf:
             raise ValueError(f"ramp is what rho grows by, at least 0, got {self.ramp!r}")
         positive("time_scale", self.time_scale)
 

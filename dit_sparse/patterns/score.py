@@ -35,19 +35,26 @@ def exact_mass(search: Search, block_size: int, engine: str = "auto") -> Scores:
     return torch.cat([F.pad(mass, (0, blocks - mass.shape[-1])) for mass in masses]), 0.5
 
 
-def pooled_map(search: Search, block_size: int) -> Scores:
-    """Softmax over key blocks of the products of block means (DraftAttention's draft map).
+def pooled_logits(search: Search, block_size: int) -> Scores:
+    """Products of block means, scaled like logits.
 
-    Blocks that touch text are left out of the softmax and score 0; methods keep them anyway.
-    Cost N^2 / (2 S^2).
+    Blocks that touch text score -inf; methods keep them anyway. Cost N^2 / (2 S^2).
     """
     query, key = (block_pool(x, block_size) for x in (search.query, search.key))  # (B, H, N, D)
     logits = query @ key.mT * query.shape[-1] ** -0.5
     text = search.grid.text_blocks(block_size)
     logits[..., text.start : text.stop] = -torch.inf
-    blocks, tokens = logits.shape[-1], search.grid.tokens
+    return logits, logits.shape[-1] ** 2 / (2 * search.grid.tokens**2)
+
+
+def pooled_map(search: Search, block_size: int) -> Scores:
+    """Softmax over key blocks of the products of block means (DraftAttention's draft map).
+
+    Blocks that touch text are left out of the softmax and score 0. Cost N^2 / (2 S^2).
+    """
+    logits, cost = pooled_logits(search, block_size)
     # where every block touches text there is nothing to rank, and the softmax is NaN
-    return logits.softmax(-1).nan_to_num(0.0), blocks**2 / (2 * tokens**2)
+    return logits.softmax(-1).nan_to_num(0.0), cost
 
 
 def pooled_sums(search: Search, block_size: int, pool: int) -> Scores:

@@ -1,12 +1,14 @@
 """Selectors: from scores of blocks to the blocks that are kept."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..grid import VideoGrid
 
 
-def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
+def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor, most: int | None = None) -> Tensor:
     """The best blocks of every row.
 
     Args:
@@ -14,11 +16,12 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
         kept: (B, H) int64, blocks kept in each row of a head.
         forced: (N, N) bool, blocks kept whatever their score. They count towards `kept`; a row
             that is forced to keep more, keeps more.
+        most: no entry of `kept` is larger. None asks `kept`, which waits for a GPU.
 
     Returns:
         (B, H, N, N) bool.
     """
-    largest = int(kept.max())
+    largest = int(kept.max()) if most is None else most
     best = scores.masked_fill(forced, torch.inf).topk(largest, dim=-1).indices
     within = torch.arange(largest, device=scores.device) < kept[..., None, None]
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -128,6 +131,11 @@ def forced_blocks(
 def blocks_of(density: Tensor, num_blocks: int) -> Tensor:
     """Blocks kept in each row of `num_blocks`, int64, at least one; `density` of any shape."""
     return (density * num_blocks).round().long().clamp(1, num_blocks)
+
+
+def most_blocks(density: float, num_blocks: int) -> int:
+    """No density up to this one keeps more blocks of a row, however it is rounded."""
+    return min(num_blocks, max(1, math.ceil(density * num_blocks) + 1))
 
 
 def kept_share(mass: Tensor, mask: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ Departures, and where the paper is silent:
   of its steps. No dense steps by default, as the paper has none on CogVideoX1.5.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -52,13 +54,16 @@ class SparseVDiT(SparseConfig):
 
     paper: ClassVar[str] = "Sparse-vDiT, arXiv 2506.03065"
     cost: ClassVar[str] = "mean over heads: full 1, skipped 0, else density; no search online"
+    memory: ClassVar[str] = "mask bits H N^2 / 8 bytes a layer and branch, one for all samples"
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.table:
+        if isinstance(self.table, Path):
+            object.__setattr__(self, "table", str(self.table))
+        if not self.table or not isinstance(self.table, str):
             raise ValueError(
-                "sparse-vdit needs table=FILE, the modes of each head: make one for your model with"
-                " `dit-sparse calibrate`"
+                f"sparse-vdit needs table=FILE, the modes of each head, got {self.table!r}: make"
+                " one for your model with `dit-sparse calibrate`"
             )
         table = self.load()
         for name in ("density", "order", "block_size"):
@@ -70,6 +75,9 @@ class SparseVDiT(SparseConfig):
 
     def load(self) -> ModeTable:
         return load_mode_table(self.table, len(MODES))
+
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        return super().cache_bytes((1, *shape[1:]), itemsize)
 
     def find(self, search: Search) -> Found:
         table, grid = self.load(), search.grid

@@ -1,5 +1,6 @@
 """A fixed 3-D window: every query block reads the key blocks nearest to it in space and time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..config import SparseConfig, positive
 from .score import nearness
 from .search import Found, Search
-from .select import blocks_of, top_k_rows
+from .select import blocks_of, most_blocks, top_k_rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Window(SparseConfig):
         super().__post_init__()
         positive("time_scale", self.time_scale)
 
+    def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        _, tokens, _, dim = shape
+        return super().cache_bytes((1, tokens, 1, dim), itemsize)  # one mask for all
+
     def find(self, search: Search) -> Found:
         return Found(nearest_blocks(self, search, self.time_scale))
 
@@ -38,5 +43,6 @@ def nearest_blocks(config: SparseConfig, search: Search, time_scale: float) -> T
     """The window of a config's order, block size and density, (1, 1, N, N) bool."""
     device = search.query.device
     scores = nearness(search.grid, config.order, config.block_size, time_scale).to(device)
-    kept = blocks_of(torch.full((1, 1), config.density, device=device), scores.shape[-1])
-    return top_k_rows(scores, kept, config.forced(search))
+    blocks = scores.shape[-1]
+    kept = blocks_of(torch.full((1, 1), config.density, device=device), blocks)
+    return top_k_rows(scores, kept, config.forced(search), most_blocks(config.density, blocks))

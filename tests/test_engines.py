@@ -1,0 +1,138 @@
+"""Every engine against the reference; those that need a GPU are told apart readably without one."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from dit_sparse import BlockMask, attention, reference, sparse_attention
+from dit_sparse.engines import ENGINES, Problem, fa4, preferred, why_not
+
+CPU = torch.device("cpu")
+GPU_ENGINES = [name for name in ENGINES if name != "torch"]
+
+
+def problem(device=CPU, dtype=torch.bfloat16, head_dim=64, block_size=(64, 64), lengths=False):
+    return Problem(device, dtype, head_dim, block_size, lengths)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("block_size", [(64, 64), (32, 128)])
+@pytest.mark.parametrize("lengths", [None, [70, 150]])
+def test_flex_agrees_with_the_reference(block_size, lengths):
+    query, key, value = torch.randn(3, 2, 150, 3, 32)
+    mask = torch.rand(1, 3, -(-150 // block_size[0]), -(-150 // block_size[1])) < 0.5
+    mask[..., 0] = True
+    mask[0, 1, 1] = False  # a row without blocks
+    packed = BlockMask.from_dense(mask, 150, 150, block_size)
+    kv_len = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    arguments = {"kv_len": kv_len, "return_lse": True}
+    output, lse = sparse_attention(query, key, value, packed, engine="flex", **arguments)
+    expected, expected_lse = sparse_attention(
+        query, key, value, packed, engine="torch", **arguments
+    )
+    torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_ENGINES)
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 64)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_engines_agree_with_the_reference_on_a_gpu(name, block_size, head_dim):
+    device = torch.device("cuda", torch.cuda.current_device())
+    given = problem(device, block_size=block_size, head_dim=head_dim)
+    if why_not(name, given):
+        pytest.skip(why_not(name, given))
+    assert attention.disagreement(name, given) is None
+
+
+def test_an_engine_that_is_wrong_is_dropped_and_refused_when_forced(monkeypatch):
+    monkeypatch.setattr(ENGINES["flex"], "attend", lambda q, k, v, *_, **__: (q, q[..., 0].mT))
+    attention.disagreement.cache_clear()
+    query = torch.randn(1, 100, 2, 32)
+    with pytest.raises(ValueError, match="output is wrong by .*use engine='auto'"):
+        sparse_attention(query, query, query, BlockMask.full(100, 100), engine="flex")
+    attention.disagreement.cache_clear()
+
+
+def test_an_engine_that_fails_says_how(monkeypatch):
+    def attend(*arguments, **options):
+        raise RuntimeError("no kernel\nimage")
+
+    monkeypatch.setattr(ENGINES["flex"], "attend", attend)
+    attention.disagreement.cache_clear()
+    reason = attention.disagreement("flex", problem(dtype=torch.float32))
+    attention.disagreement.cache_clear()
+    assert "RuntimeError: no kernel image" in reason
+
+
+def test_running_out_of_memory_is_not_remembered_of_an_engine(monkeypatch):
+    works = ENGINES["flex"].attend
+
+    def attend(*arguments, **options):
+        raise torch.OutOfMemoryError("full")
+
+    attention.disagreement.cache_clear()
+    monkeypatch.setattr(ENGINES["flex"], "attend", attend)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.disagreement("flex", problem(dtype=torch.float32))
+    monkeypatch.setattr(ENGINES["flex"], "attend", works)
+    assert attention.disagreement("flex", problem(dtype=torch.float32)) is None
+
+
+def test_auto_takes_torch_on_a_cpu():
+    query = torch.zeros(1, 100, 2, 32)
+    assert attention.choose_engine("auto", query, BlockMask.full(100, 100)) == "torch"
+    assert preferred(problem())[-1] == "torch"
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"lengths": True}, "valid length per sample"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"head_dim": 256}, "up to 128, not 256"),
+        ({"head_dim": 33}, "multiples of 8"),
+        ({"block_size": (32, 64)}, "not 32"),
+    ],
+)
+def test_fa4_says_what_it_cannot_serve(given, words):
+    assert words in fa4.unfit(problem(**given))
+    assert fa4.unfit(problem(head_dim=128, block_size=(128, 128))) is None
+
+
+def installed(monkeypatch, **functions):
+    """A flash-attn-4 with these functions in its interface."""
+    interface, sparsity = ModuleType("interface"), ModuleType("block_sparsity")
+    vars(interface).update(functions)
+    sparsity.BlockSparseTensorsTorch = SimpleNamespace(
+        _fields=("full_block_cnt", "full_block_idx", "block_size")
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.block_sparsity", sparsity)
+
+
+def test_fa4_of_another_version_is_told(monkeypatch):
+    installed(monkeypatch, flash_attn_func=lambda q, k, v, softmax_scale, return_lse: None)
+    assert "lacks block_sparse_tensors; 4.0.0b36 is known" in fa4.mismatch.__wrapped__()
+
+
+def test_fa4_that_fits_is_taken(monkeypatch):
+    installed(
+        monkeypatch,
+        flash_attn_func=lambda q, k, v, softmax_scale, block_sparse_tensors, return_lse: None,
+    )
+    assert fa4.mismatch.__wrapped__() is None
+
+
+def test_missing_fa4_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "pip install --pre 'dit-sparse[fa4]'" in fa4.mismatch.__wrapped__()
+
+
+def test_the_reference_is_the_torch_engine():
+    assert ENGINES["torch"].attend is reference.sparse_attention
