@@ -1,5 +1,5 @@
 """The command line: `dit-sparse generate`, `compare`, `compare-videos`, `report`, `calibrate`,
-`methods`, `doctor`.
+`profile`, `methods`, `doctor`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -235,7 +235,7 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
-        from .generation import check_call, prepare_folder
+        from .generation import check_call, prepare_file
 
         search = ModeSearch(density, order, block_size, weight, epsilon)
         given = read_prompts(prompt, prompt_file)
@@ -246,15 +246,14 @@ def calibrate_modes(
         if not prompts:
             raise ValueError("nothing to calibrate on: give --prompt or --prompt-file")
         check_call(pipe, arguments.call)
-        prepare_folder(out.parent)
+        prepare_file(out)
     with told(FAILURE, debug):
-        import torch
-
-        def run() -> None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
-
-        table = calibrate(pipe, run, search, len(prompts))
+        table = calibrate(
+            pipe,
+            lambda: generate_latents(pipe, prompts, seed, arguments.call),
+            search,
+            len(prompts),
+        )
         table.save(out)
     digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)
     from .patterns.sparse_vdit import MODES
@@ -275,6 +274,10 @@ def profile_attention(
     width: Width = None,
     frames: Frames = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file.")] = Path("profile.json"),
+    two: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Two such files side by side; nothing is generated."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -283,9 +286,13 @@ def profile_attention(
     """Measure a pipeline's attention in one dense generation: the fingerprint of a model."""
     with told(USAGE, debug):
         from .compare import environment
-        from .fingerprint import profile
-        from .generation import check_call, prepare_folder
+        from .fingerprint import compare_profiles
+        from .generation import check_call, prepare_file
+        from .look import profile
 
+        if two is not None:
+            show_figures(compare_profiles(*two), [path.stem for path in two], as_json)
+            return
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -294,26 +301,18 @@ def profile_attention(
         if not prompts:
             raise ValueError("nothing to generate: give --prompt or --prompt-file")
         check_call(pipe, arguments.call)
-        prepare_folder(out.parent)
+        prepare_file(out)
     with told(FAILURE, debug):
-        import torch
-
-        def run() -> None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
-
         found = profile(
             pipe,
-            run,
+            lambda: generate_latents(pipe, prompts, seed, arguments.call),
             pipeline=pipeline or "samples/wan_tiny (boxed)",
             call=arguments.call | {"prompts": prompts, "seed": seed},
             environment=environment(pipe),
         )
         found.save(out)
-    if as_json:
-        print(out.read_text(), end="")
-        return
-    print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in found.means().items()))
+    figures = {name: (value,) for name, value in found.figures().items()}
+    show_figures(figures, [str(out)], as_json)
 
 
 @app.command("methods")
@@ -427,6 +426,14 @@ def open_pipeline(
     return pipe, call_arguments(pipe, source).override(**changes)
 
 
+def generate_latents(pipe: Any, prompts: list[str], seed: int, call: dict[str, Any]) -> None:
+    """One generation that is looked at on its way; nothing is decoded."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    pipe(prompts, generator=generator, output_type="latent", **call)
+
+
 def generate_all(
     pipe: Any,
     arguments: "CallArguments",
@@ -473,6 +480,19 @@ def show_comparison(report: dict[str, Any], out: Path) -> None:
         print(f"sheet:  {out / sheet}")
     print(f"data:   {out / 'report.json'}")
     print(f"page:   {out / 'report.html'}")
+
+
+def show_figures(figures: dict[str, tuple[float, ...]], columns: list[str], as_json: bool) -> None:
+    """A line for each figure; with two columns their difference, too."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    both = len(columns) == 2
+    table = Table("", *columns, *["difference"] * both, box=None)
+    for name, values in figures.items():
+        cells = [f"{value:.3f}" for value in values]
+        table.add_row(name, *cells, *[f"{values[-1] - values[0]:+.3f}"] * both)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 def main() -> None:
