@@ -311,7 +311,7 @@ def profile_attention(
             environment=environment(pipe),
         )
         found.save(out)
-    figures = {name: (value,) for name, value in found.figures().items()}
+    figures = {name: [value] for name, value in found.figures().items()}
     show_figures(figures, [str(out)], as_json)
 
 
@@ -482,7 +482,7 @@ def show_comparison(report: dict[str, Any], out: Path) -> None:
     print(f"page:   {out / 'report.html'}")
 
 
-def show_figures(figures: dict[str, tuple[float, ...]], columns: list[str], as_json: bool) -> None:
+def show_figures(figures: dict[str, list[float]], columns: list[str], as_json: bool) -> None:
     """A line for each figure; with two columns their difference, too."""
     if as_json:
         print(json.dumps(figures))

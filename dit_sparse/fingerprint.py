@@ -120,7 +120,7 @@ def _check(profile: Profile) -> None:
             raise ValueError(f"{place} does not have {heads} figures of each kind")
 
 
-def compare_profiles(one: Path, other: Path) -> dict[str, tuple[float, float]]:
+def compare_profiles(one: Path, other: Path) -> dict[str, list[float]]:
     """The figures of two profiles side by side.
 
     Raises:
@@ -131,4 +131,4 @@ def compare_profiles(one: Path, other: Path) -> dict[str, tuple[float, float]]:
         if getattr(a, name) != getattr(b, name):
             raise ValueError(f"{one} and {other} were measured with another {name}")
     theirs = b.figures()
-    return {name: (value, theirs[name]) for name, value in a.figures().items()}
+    return {name: [value, theirs[name]] for name, value in a.figures().items()}
