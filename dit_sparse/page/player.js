@@ -195,8 +195,8 @@ function fit() {
   const tallest = innerHeight * (player.rows.length === 1 || player.view === "wipe" ? 0.6 : 0.46);
   const exact = Math.min(room / width, tallest / height);
   const scale = exact >= 2 ? Math.floor(exact) : exact;
-  $("rows").style.setProperty("--width", `${Math.round(width * scale)}px`);
-  $("rows").style.setProperty("--height", `${Math.round(height * scale)}px`);
+  $("rows").style.setProperty("--width", `${Math.floor(width * scale)}px`);
+  $("rows").style.setProperty("--height", `${Math.floor(height * scale)}px`);
   $("rows").classList.toggle("enlarged", scale >= 2);
 }
 
