@@ -9,8 +9,7 @@ Departures, and where it is silent:
 - The maximum is that of the row's estimates, found before the walk, and not the running one: the
   result does not depend on the order of the walk, and the rule is a block mask and a tail.
 - `density` is the most that a row keeps, the best blocks first; the rule alone has no bound.
-- The threshold is not known. In nats, 2 kept a quarter of the blocks of our small Wan, 3 a third, 4
-  almost a half.
+- The threshold is not known; ours is a guess, in nats.
 - Hilbert order, which is as compact as Morton's; own and conditioning blocks stay.
 - The mask is made anew at every step, as the rule is part of the walk.
 """
