@@ -27,11 +27,11 @@ from diffusers import DiffusionPipeline  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 
-from dit_sparse import enable_sparse_attention  # noqa: E402
 from dit_sparse.attention import block_mass  # noqa: E402
 from dit_sparse.dense import dense_attention_with_lse  # noqa: E402
 from dit_sparse.grid import VideoGrid, token_order  # noqa: E402
 from dit_sparse.patterns.score import nearness  # noqa: E402
+from dit_sparse.probe import run_with_probes  # noqa: E402
 from dit_sparse.reference import block_pool  # noqa: E402
 
 BLOCK, DENSITY, EARLY, EVERY = 64, 0.2, 0.2, 5
@@ -134,7 +134,9 @@ def summary(rows):
         layers[layer] = {
             "exact": exact,
             "exact_raster": mean(row["exact_raster"] for row in mine),
-            "pooled_raster_misses": lost(mine, "exact_raster", "pooled_raster"),
+            "pooled_raster_misses": lost(
+                [row["exact_raster"] for row in mine], [row["pooled_raster"] for row in mine]
+            ),
             **{f"{name}_misses": misses(mine, name) for name in CHOICES[:3]},
             "early_misses_by_step": {
                 step: misses([row for row in mine if row["step"] == step], "early")
@@ -170,13 +172,12 @@ def average(lists):
 
 def misses(rows, name):
     """Points of mass by which a choice falls short of the exact one, one number a head."""
-    exact = [{"exact": row["exact"][DENSITY], name: row[name]} for row in rows]
-    return lost(exact, "exact", name)
+    return lost([row["exact"][DENSITY] for row in rows], [row[name] for row in rows])
 
 
-def lost(rows, best, choice):
+def lost(best, choice):
     """Mean over rows of what `choice` keeps less than `best`, one number a head."""
-    return mean([b - c for b, c in zip(row[best], row[choice])] for row in rows)
+    return mean([b - c for b, c in zip(*heads)] for heads in zip(best, choice))
 
 
 def overlaps(masses):
@@ -275,18 +276,19 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(device)
     call, found = call_of(pipe, args), Found(args.prompts)
-    handle = enable_sparse_attention(pipe, density=1.0)
-    installed = handle._installed[0]
-    for index, layer in enumerate(installed.layers):
-        layer.dense = Probe(installed.state, index, layer.dense, args.steps, found)
     prompts, _, _ = make_test_prompts(args.prompts, 23)
-    pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="latent", **call)
+    generator = torch.Generator().manual_seed(0)
+    last, _ = run_with_probes(
+        pipe,
+        lambda: pipe(prompts, generator=generator, output_type="latent", **call),
+        lambda state, layer, dense: Probe(state, layer, dense, args.steps, found),
+    )
     result = {
         "question": __doc__.split("\n")[0],
         "environment": environment(args.commit),
         "pipeline": args.pipeline.name,
         "call": call,
-        "video_tokens": installed.state.call.grid.video_tokens,
+        "video_tokens": last.grid.video_tokens,
         "prompts": prompts,
         "mask_overlap": overlaps(found.masses),
         **summary(found.rows),

@@ -99,7 +99,7 @@ def block_mass(
 
 
 def own_engine(engine: str, query: Tensor, block_size: tuple[int, int]) -> str:
-    """ "triton" or "torch", for what no other engine computes; those leave it to "auto"."""
+    """Whether "triton" or "torch" does what no other engine can; those leave it to "auto"."""
     if engine in ("torch", "triton"):
         return engine
     problem = Problem(query.device, query.dtype, query.shape[-1], block_size)

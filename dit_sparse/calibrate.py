@@ -8,18 +8,19 @@ section 4.2; departures stand in `patterns/sparse_vdit.py`).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .api import enable_sparse_attention
 from .attention import sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig, is_number
 from .grid import token_order
 from .patterns.mode_table import ModeTable
 from .patterns.sparse_vdit import mode_masks
+from .probe import run_with_probes
 from .step import DenseAttention, permute_video
 
 DEFAULT_WEIGHT, DEFAULT_EPSILON = 0.5, 0.25
@@ -95,14 +96,8 @@ def calibrate(pipe: Any, run: Callable[[], Any], search: ModeSearch, prompts: in
     Raises:
         RuntimeError: the run skipped a step, a layer or a branch (a step cache is on).
     """
-    with enable_sparse_attention(pipe, density=1.0) as handle:
-        for installed in handle._installed:
-            for layer in installed.layers:
-                layer.dense = Probe(search, installed.state, layer.layer, layer.dense)
-        run()
-        calls = [c for i in handle._installed if (c := i.state.call) is not None]
-        layers = max(len(installed.layers) for installed in handle._installed)
-    grid, num_steps = calls[0].grid, calls[0].num_steps
+    call, layers = run_with_probes(pipe, run, partial(Probe, search))
+    grid, num_steps = call.grid, call.num_steps
     branches = dict.fromkeys(branch for branch, _, _ in search.chosen)
     try:
         modes = {

@@ -1,11 +1,12 @@
 """The command line: `dit-sparse generate`, `compare`, `compare-videos`, `report`, `calibrate`,
-`methods`, `doctor`.
+`profile`, `methods`, `doctor`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,10 +89,12 @@ def compare(
     """Dense against sparse, same prompts, seeds and noise: videos, sheets, a table, report.html."""
     with told(USAGE, debug):
         from .compare import Comparison
+        from .method_spec import refuse_repeats
         from .metrics import Lpips
 
         lpips = Lpips(lpips_weights, lpips_net)
-        specs = parse_methods(method)
+        specs, seeds = parse_methods(method), seed or [0]
+        refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
@@ -101,7 +104,7 @@ def compare(
             source=pipeline or "samples/wan_tiny (boxed)",
             arguments=arguments,
             prompts=given or arguments.prompts[:1],
-            seeds=given_seeds(seed),
+            seeds=seeds,
             methods=specs,
             out=out,
             lpips=lpips,
@@ -184,16 +187,15 @@ def generate(
     saved: list[dict[str, Any]] = []
     with told(USAGE, debug):
         from .generation import check_call, enable, prepare_folder
-        from .method_spec import DENSE
+        from .method_spec import DENSE, refuse_repeats
 
-        specs, seeds = parse_methods(method, allow_dense=True), given_seeds(seed)
+        specs, seeds = parse_methods(method, allow_dense=True), seed or [0]
+        refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
         pipe, arguments = open_pipeline(
             pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
         )
-        prompts = given or list(arguments.prompts[:1])
-        if not prompts:
-            raise ValueError("nothing to generate: give --prompt or --prompt-file")
+        prompts = some_prompts(given, arguments, 1)
         check_call(pipe, arguments.call)
         for spec in specs:
             if spec.name != DENSE:
@@ -235,25 +237,15 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
-        from .generation import check_call, prepare_folder
+        from .generation import prepare_folder
 
         search = ModeSearch(density, order, block_size, weight, epsilon)
         given = read_prompts(prompt, prompt_file)
-        pipe, arguments = open_pipeline(
-            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
-        )
-        prompts = given or list(arguments.prompts[:4])
-        if not prompts:
-            raise ValueError("nothing to calibrate on: give --prompt or --prompt-file")
-        check_call(pipe, arguments.call)
+        changes = call_changes(steps, guidance, height, width, frames)
+        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4)
         prepare_folder(out.parent)
     with told(FAILURE, debug):
-        import torch
-
-        def run() -> None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
-
+        run = latent_run(pipe, call, prompts, seed)
         table = calibrate(pipe, run, search, len(prompts))
         table.save(out)
     digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)
@@ -284,29 +276,18 @@ def profile_attention(
     with told(USAGE, debug):
         from .compare import environment
         from .fingerprint import profile
-        from .generation import check_call, prepare_folder
+        from .generation import prepare_folder
 
         given = read_prompts(prompt, prompt_file)
-        pipe, arguments = open_pipeline(
-            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
-        )
-        prompts = given or list(arguments.prompts[:1])
-        if not prompts:
-            raise ValueError("nothing to generate: give --prompt or --prompt-file")
-        check_call(pipe, arguments.call)
+        changes = call_changes(steps, guidance, height, width, frames)
+        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1)
         prepare_folder(out.parent)
     with told(FAILURE, debug):
-        import torch
-
-        def run() -> None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pipe(prompts, generator=generator, output_type="latent", **arguments.call)
-
         found = profile(
             pipe,
-            run,
+            latent_run(pipe, call, prompts, seed),
             pipeline=pipeline or "samples/wan_tiny (boxed)",
-            call=arguments.call | {"prompts": prompts, "seed": seed},
+            call=call | {"prompts": prompts, "seed": seed},
             environment=environment(pipe),
         )
         found.save(out)
@@ -369,17 +350,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[MethodSpec]":
     from .method_spec import parse_method
 
-    specs = [parse_method(text, allow_dense) for text in texts or ["auto"]]
-    if len({spec.slug for spec in specs}) < len(specs):  # files are named by it
-        raise ValueError("the same method with the same options was given twice")
-    return specs
-
-
-def given_seeds(seeds: list[int] | None) -> list[int]:
-    twice = sorted({seed for seed in seeds or [] if seeds.count(seed) > 1})
-    if twice:
-        raise ValueError(f"each seed makes one video, but {twice[0]} is given more than once")
-    return seeds or [0]
+    return [parse_method(text, allow_dense) for text in texts or ["auto"]]
 
 
 def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:
@@ -425,6 +396,44 @@ def open_pipeline(
     device = choose_device(device)
     pipe = load_pipeline(source, device, choose_dtype(dtype, device))
     return pipe, call_arguments(pipe, source).override(**changes)
+
+
+def some_prompts(given: list[str], arguments: "CallArguments", count: int) -> list[str]:
+    """Those given, else the pipeline's own first ones."""
+    prompts = given or list(arguments.prompts[:count])
+    if not prompts:
+        raise ValueError("nothing to generate: give --prompt or --prompt-file")
+    return prompts
+
+
+def open_run(
+    source: str | None,
+    device: str | None,
+    dtype: str | None,
+    changes: dict[str, Any],
+    given: list[str],
+    count: int,
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """A pipeline, its checked call and the prompts of one batch."""
+    from .generation import check_call
+
+    pipe, arguments = open_pipeline(source, device, dtype, changes)
+    prompts = some_prompts(given, arguments, count)
+    check_call(pipe, arguments.call)
+    return pipe, arguments.call, prompts
+
+
+def latent_run(
+    pipe: Any, call: dict[str, Any], prompts: list[str], seed: int
+) -> Callable[[], None]:
+    """Generates one batch, up to its latents."""
+    import torch
+
+    def run() -> None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        pipe(prompts, generator=generator, output_type="latent", **call)
+
+    return run
 
 
 def generate_all(

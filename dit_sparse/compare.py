@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .generation import Clip, check_call, enable, generate_clip, prepare_folder, write_json
 from .loading import CallArguments
-from .method_spec import MethodSpec
+from .method_spec import MethodSpec, refuse_repeats
 from .metrics import ClipMetrics, Lpips, compare_clips
 from .page import write_page
 from .progress import Steps
@@ -72,11 +72,7 @@ class Comparison:
         for name in ("prompts", "seeds", "methods"):
             if not getattr(self, name):
                 raise ValueError(f"nothing to compare: no {name}, give --{name[:-1]}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"each seed makes one video, but one is given twice: {self.seeds}")
-        slugs = [method.slug for method in self.methods]
-        if len(set(slugs)) < len(slugs):
-            raise ValueError("the same method with the same options was given twice")
+        refuse_repeats(self.methods, self.seeds)
         check_call(self.pipe, self.arguments.call)
         for method in self.methods:
             enable(self.pipe, method).disable()

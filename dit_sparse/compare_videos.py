@@ -27,8 +27,8 @@ def compare_videos(
         ValueError: a video cannot be read, or differs from the reference in frames or size.
     """
     names = short_names([reference, *videos])
-    first = read_video(reference)
-    write_frames(out / "frames" / "00", first.frames)
+    first, dense = read_video(reference), entry(0, names[0])
+    write_frames(out / dense["frames"], first.frames)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "command": shlex.join(["dit-sparse", *sys.argv[1:]]),
@@ -38,18 +38,18 @@ def compare_videos(
         "metrics": metrics_in_words(lpips),
         "noise_floor": None,
         "chance": None,
-        "dense": [{**entry(0, names[0]), "seconds": None}],
+        "dense": [{**dense, "seconds": None}],
         "runs": [],
     }
     for number, path in enumerate(videos, start=1):
-        video = read_video(path)
+        video, described = read_video(path), entry(number, names[number])
         refuse_other_shape(path, video, reference, first)
-        write_frames(out / "frames" / f"{number:02d}", video.frames)
+        write_frames(out / described["frames"], video.frames)
         metrics = compare_clips(first.frames, video.frames, lpips).as_dict()
         run = {
             **dict.fromkeys(OF_A_RUN.split()),
-            **entry(number, names[number]),
-            "dense_id": "00",
+            **described,
+            "dense_id": dense["id"],
             "method": "video",
             "config": {},
             "size": list(video.frames.shape[:3]),
@@ -64,13 +64,8 @@ def compare_videos(
 
 
 def entry(number: int, name: str) -> dict[str, Any]:
-    name_on_disk = f"{number:02d}"
-    return {
-        "id": name_on_disk,
-        "label": name,
-        "prompt": None,
-        "frames": f"frames/{name_on_disk}",
-    }
+    found = f"{number:02d}"
+    return {"id": found, "label": name, "prompt": None, "frames": f"frames/{found}"}
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

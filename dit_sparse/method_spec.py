@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,17 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
 
         make_config(spec.name, spec.options)  # now, not after minutes of loading
     return spec
+
+
+def refuse_repeats(methods: Sequence[MethodSpec], seeds: Sequence[int]) -> None:
+    """Raise ValueError for a method or a seed given twice: files are named by them."""
+    if len({method.slug for method in methods}) < len(methods):
+        raise ValueError("the same method with the same options was given twice")
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(
+                f"a seed given twice makes the same video again: {seed} is given more than once"
+            )
 
 
 def parse_options(text: str) -> dict[str, Any]:
