@@ -237,13 +237,13 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
-        from .generation import prepare_folder
+        from .generation import prepare_file
 
         search = ModeSearch(density, order, block_size, weight, epsilon)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4)
-        prepare_folder(out.parent)
+        prepare_file(out)
     with told(FAILURE, debug):
         run = latent_run(pipe, call, prompts, seed)
         table = calibrate(pipe, run, search, len(prompts))
@@ -267,6 +267,10 @@ def profile_attention(
     width: Width = None,
     frames: Frames = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file.")] = Path("profile.json"),
+    two: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Two such files side by side; nothing is generated."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -275,13 +279,17 @@ def profile_attention(
     """Measure a pipeline's attention in one dense generation: the fingerprint of a model."""
     with told(USAGE, debug):
         from .compare import environment
-        from .fingerprint import profile
-        from .generation import prepare_folder
+        from .fingerprint import compare_profiles
+        from .generation import prepare_file
+        from .look import profile
 
+        if two is not None:
+            show_figures(compare_profiles(*two), [path.stem for path in two], as_json)
+            return
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1)
-        prepare_folder(out.parent)
+        prepare_file(out)
     with told(FAILURE, debug):
         found = profile(
             pipe,
@@ -291,10 +299,8 @@ def profile_attention(
             environment=environment(pipe),
         )
         found.save(out)
-    if as_json:
-        print(out.read_text(), end="")
-        return
-    print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in found.means().items()))
+    figures = {name: [value] for name, value in found.figures().items()}
+    show_figures(figures, [str(out)], as_json)
 
 
 @app.command("methods")
@@ -482,6 +488,19 @@ def show_comparison(report: dict[str, Any], out: Path) -> None:
         print(f"sheet:  {out / sheet}")
     print(f"data:   {out / 'report.json'}")
     print(f"page:   {out / 'report.html'}")
+
+
+def show_figures(figures: dict[str, list[float]], columns: list[str], as_json: bool) -> None:
+    """A line for each figure; with two columns their difference, too."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    both = len(columns) == 2
+    table = Table("", *columns, *["difference"] * both, box=None)
+    for name, values in figures.items():
+        cells = [f"{value:.3f}" for value in values]
+        table.add_row(name, *cells, *[f"{values[-1] - values[0]:+.3f}"] * both)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 def main() -> None:

@@ -1,44 +1,41 @@
-"""The fingerprint of a pipeline's attention: `dit-sparse profile`.
+"""The fingerprint of a pipeline's attention, as a file: what `dit-sparse profile` writes.
 
-At a few steps 64 query rows of each head, evenly spaced, attend to all keys. Each row keeps its
-best blocks of 64 keys along the curve: how much softmax mass they hold at several densities, how
-much of an early choice is still right later, and what the output loses. From rows alone, so that it
-fits beside the largest models. A small stand-in resembles a real model where these figures do.
-
-A row alone chooses better than the rows of a block together: a block mask keeps less than this.
+A small stand-in resembles a real model where their figures do. How they are measured stands in
+`look.py`.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from .grid import token_order
-from .probe import run_with_probes
-from .step import DenseAttention, permute_video
+from .config import is_number
+from .video import whole_file
 
-KIND, SCHEMA = "dit-sparse attention profile", 1
-ROWS, BLOCK, DENSITY = 64, 64, 0.2
+KIND, SCHEMA = "dit-sparse attention profile", 2
+ORDER, BLOCK, DENSITY = "curve", 64, 0.2
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
-LOOKS = 5  # steps at which rows are sampled
+QUERY_BLOCKS = 8  # looked at in each head
+FIGURES = ("text_mass", "overlap", "error")  # one number for each head
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was seen.
+    """What was seen; the file is this as one JSON object, with its kind and schema.
 
     Attributes:
         pipeline, call, environment: of the run, for the record.
         grid: frames, height and width of the video in tokens.
-        entries: one for each look at a layer: branch, step, layer, and for each head `kept_mass`
-            (a list over `densities`), `overlap` (Jaccard index of the blocks chosen now and at the
-            first look, at `density`) and `error` (relative, of the rows' outputs at `density`).
+        entries: one for each look at a layer, by `branch`, `step` and `layer`; a second transformer
+            counts its layers anew and has steps of its own. In each, a number for every head:
+            `kept_mass`: for each of `densities` a list, the share of the softmax mass on the video
+                that the best such share of its key blocks holds;
+            `text_mass`: share of all softmax mass that lies on text;
+            `overlap`: Jaccard index of the blocks chosen now and at the layer's first look, at
+                `density`;
+            `error`: ||sparse - dense|| / ||dense|| of the rows' outputs at `density`.
+        query_blocks: blocks of `block_size` query rows that were looked at in each head, at most.
     """
 
     pipeline: str
@@ -48,142 +45,90 @@ class Profile:
     text_tokens: int
     num_steps: int
     entries: list[dict]
-    rows: int = ROWS
+    query_blocks: int = QUERY_BLOCKS
+    order: str = ORDER
     block_size: int = BLOCK
     density: float = DENSITY
     densities: tuple[float, ...] = DENSITIES
 
     def save(self, path: Path) -> None:
-        text = json.dumps({"kind": KIND, "schema": SCHEMA, **asdict(self)}, separators=(",", ":"))
-        path.write_text(text + "\n")
+        values = {"kind": KIND, "schema": SCHEMA, **asdict(self)}
+        with whole_file(path) as part:
+            text = json.dumps(values, separators=(",", ":"), allow_nan=False)
+            part.write_text(text + "\n", encoding="utf-8")
 
-    def means(self) -> dict[str, float]:
-        """Over layers, heads, branches and steps; ageing is of the last step."""
-        kept = torch.tensor([head for e in self.entries for head in e["kept_mass"]]).mean(0)
+    def figures(self) -> dict[str, float]:
+        """Means over branches, steps, layers and heads, and the heads that stand at the edges."""
+        kept = torch.tensor([e["kept_mass"] for e in self.entries])  # (entries, densities, H)
+        found = {
+            f"kept mass at {density}": mass
+            for density, mass in zip(self.densities, kept.mean((0, 2)).tolist())
+        }
+        heads = kept[:, self.densities.index(self.density)].flatten()
+        for share in (0.1, 0.9):
+            name = f"kept mass at {self.density}, head at {share:.0%}"
+            found[name] = heads.quantile(share).item()
         last = max(e["step"] for e in self.entries)
-        end = [x for e in self.entries if e["step"] == last for x in e["overlap"]]
-        errors = [x for e in self.entries for x in e["error"]]
-        found = {f"kept mass at {d}": m for d, m in zip(self.densities, kept.tolist())}
-        found[f"overlap at step {last}"] = sum(end) / len(end)
-        return found | {f"output error at {self.density}": sum(errors) / len(errors)}
+        late = [e["overlap"] for e in self.entries if e["step"] == last]
+        found["overlap of last look with first"] = torch.tensor(late).mean().item()
+        for name in ("text_mass", "error"):
+            values = torch.tensor([e[name] for e in self.entries])
+            found[name.replace("_", " ")] = values.mean().item()
+        return found
 
 
 def load_profile(path: Path) -> Profile:
     """Read a profile; it is data alone.
 
     Raises:
-        ValueError: the file is not one.
+        ValueError: the file is not one, or not of this schema.
     """
     try:
-        values = json.loads(Path(path).read_text())
-        kind, schema = values.pop("kind"), values.pop("schema")
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if (values.pop("kind"), values.pop("schema")) != (KIND, SCHEMA):
+            raise ValueError(f"it does not say {KIND!r}, schema {SCHEMA}")
+        for name in ("grid", "densities"):
+            values[name] = tuple(values[name])
         profile = Profile(**values)
-        heads = {
-            len(e[name]) for e in profile.entries for name in ("kept_mass", "overlap", "error")
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a profile of dit-sparse: {error}") from error
-    if (kind, schema) != (KIND, SCHEMA) or len(heads) != 1:
-        raise ValueError(f"{path} is not a profile of dit-sparse, schema {SCHEMA}: make it again")
+        _check(profile)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no attention profile ({error}): make one with `dit-sparse profile`"
+        ) from error
     return profile
 
 
-def look_steps(num_steps: int) -> list[int]:
-    """Steps to look at: evenly spaced, the last among them, the first after a tenth."""
-    first = num_steps // 10
-    count = min(LOOKS, num_steps - first)
-    return sorted(
-        {first + round(i * (num_steps - 1 - first) / max(count - 1, 1)) for i in range(count)}
-    )
+def _check(profile: Profile) -> None:
+    numbers = profile.num_steps, profile.text_tokens, *profile.grid
+    if len(profile.grid) != 3 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("grid, text_tokens and num_steps are whole numbers")
+    if profile.density not in profile.densities or not all(0 < d <= 1 for d in profile.densities):
+        raise ValueError("densities lie in (0, 1], density is one of them")
+    if not profile.entries:
+        raise ValueError("it has no entries")
+    heads = len(profile.entries[0]["error"])
+    for entry in profile.entries:
+        if set(entry) != {"branch", "step", "layer", "kept_mass", *FIGURES}:
+            raise ValueError(f"an entry has {', '.join(entry)}")
+        place = f"branch {entry['branch']}, step {entry['step']}, layer {entry['layer']}"
+        if entry["step"] not in range(profile.num_steps) or type(entry["layer"]) is not int:
+            raise ValueError(f"there is no {place}")
+        rows = [*entry["kept_mass"], *(entry[name] for name in FIGURES)]
+        if len(rows) != len(profile.densities) + len(FIGURES) or not all(
+            len(row) == heads and all(is_number(x) and x >= 0 for x in row) for row in rows
+        ):
+            raise ValueError(f"{place} does not have {heads} figures of each kind")
 
 
-@dataclass
-class Probe:
-    """Stands in for the dense attention of one layer and looks at some of its rows."""
+def compare_profiles(one: Path, other: Path) -> dict[str, list[float]]:
+    """The figures of two profiles side by side.
 
-    entries: list[dict]
-    state: Any
-    layer: int
-    dense: DenseAttention
-    first: dict[str, Tensor] = field(default_factory=dict)  # blocks of the first look, by branch
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
-        call = self.state.call
-        if call.step in look_steps(call.num_steps):
-            index = token_order(call.grid, "curve", BLOCK)[0].to(query.device)
-            keys, values = (permute_video(x, index, call.grid) for x in (key, value))
-            kept, chosen, error = look(query, keys, values, kv_len)
-            first = self.first.setdefault(call.branch, chosen)
-            both, either = (chosen & first).sum((0, 2, 3)), (chosen | first).sum((0, 2, 3))
-            self.entries.append({
-                "branch": call.branch,
-                "step": call.step,
-                "layer": self.layer,
-                "kept_mass": [rounded(head) for head in kept],
-                "overlap": rounded(both / either),
-                "error": rounded(error),
-            })  # fmt: skip
-        return self.dense(query, key, value, kv_len)
-
-
-def look(
-    query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sampled rows of (B, S, H, D), a head at a time to bound the memory.
-
-    Returns:
-        kept mass (H, densities), chosen blocks (B, H, rows, N) bool on the CPU, error (H,).
+    Raises:
+        ValueError: a file is no profile, or they were not measured alike.
     """
-    length = query.shape[1]
-    count = min(ROWS, length)
-    rows = (torch.arange(count, device=query.device) + 0.5).mul(length / count).long()
-    seen = [
-        look_at_head(query[:, rows, head], key[:, :, head], value[:, :, head], kv_len)
-        for head in range(query.shape[2])
-    ]
-    kept, chosen, error = zip(*seen)
-    return torch.stack(kept), torch.stack(chosen, 1), torch.stack(error)
-
-
-def look_at_head(
-    query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of (B, rows, D) and (B, S, D): (densities,), (B, rows, N) on the CPU, ()."""
-    scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5  # (B, rows, S)
-    if kv_len is not None:
-        padded = torch.arange(key.shape[1], device=key.device) >= kv_len[:, None]
-        scores = scores.masked_fill(padded[:, None], -torch.inf)
-    weights = scores.softmax(-1)
-    mass = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
-    best, order = mass.sort(-1, descending=True)
-    blocks = mass.shape[-1]
-    kept = best.cumsum(-1).mean((0, 1))[[max(round(d * blocks), 1) - 1 for d in DENSITIES]]
-    few = order[..., : max(round(DENSITY * blocks), 1)]
-    chosen = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, few, True)
-    inside = weights * chosen.repeat_interleave(BLOCK, -1)[..., : weights.shape[-1]]
-    inside = inside / inside.sum(-1, keepdim=True)
-    exact, sparse = weights @ value.float(), inside @ value.float()
-    return kept, chosen.cpu(), (sparse - exact).norm() / exact.norm().clamp_min(1e-20)
-
-
-def rounded(values: Tensor) -> list[float]:
-    return [round(x, 4) for x in values.tolist()]
-
-
-def profile(pipe: Any, run: Callable[[], Any], **facts: Any) -> Profile:
-    """Look at the attention of a pipeline while `run` generates with it, densely.
-
-    Args:
-        pipe: a supported pipeline; afterwards it is as it was.
-        facts: pipeline, call and environment, for the record.
-    """
-    entries: list[dict] = []
-    call, _ = run_with_probes(pipe, run, partial(Probe, entries))
-    grid = call.grid
-    return Profile(
-        **facts,
-        grid=(grid.frames, grid.height, grid.width),
-        text_tokens=grid.text_tokens,
-        num_steps=call.num_steps,
-        entries=entries,
-    )
+    a, b = load_profile(one), load_profile(other)
+    for name in ("order", "block_size", "density", "densities"):
+        if getattr(a, name) != getattr(b, name):
+            raise ValueError(f"{one} and {other} were measured with another {name}")
+    theirs = b.figures()
+    return {name: [value, theirs[name]] for name, value in a.figures().items()}

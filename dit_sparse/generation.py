@@ -123,6 +123,18 @@ def prepare_folder(folder: str | Path) -> Path:
     return path
 
 
+def prepare_file(path: Path) -> None:
+    """Make sure that a file can be written at `path`.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        PermissionError: its folder cannot be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file with --out")
+    prepare_folder(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     with whole_file(path) as part:
         # allow_nan=False: JSON has no infinity, and a report with one would not load elsewhere.

@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from dit_sparse import failure, generation, step
+from dit_sparse import available_methods, failure, generation, step
 from dit_sparse.cli import app
 from dit_sparse.method_spec import parse_method
 
@@ -62,11 +62,16 @@ def test_generate_writes_a_video_for_each_prompt_seed_and_method(tmp_path):
     assert len(saved) == 8 and all(Path(entry["video"]).is_file() for entry in saved)
 
 
-def test_methods_and_doctor_answer_in_text_and_json():
-    assert "adaspa" in invoke("methods").stdout
-    assert {"adaspa", "random"} <= {
-        row["method"] for row in json.loads(invoke("methods", "--json").stdout)
-    }
+def test_methods_tell_paper_cost_and_memory():
+    text, rows = invoke("methods").stdout, json.loads(invoke("methods", "--json").stdout)
+    assert [row["method"] for row in rows] == list(available_methods())
+    for row in rows:
+        for fact in ("paper", "cost", "memory"):
+            assert row[fact] and f"    {fact}: {row[fact]}\n" in text
+        assert f"{row['method']}: {row['summary']}\n" in text and "density" in row["options"]
+
+
+def test_doctor_answers_in_text_and_json():
     state = json.loads(invoke("doctor", "--json").stdout)
     assert state["used"]["engine"] in ("torch", "triton")
     assert "engines" in invoke("doctor").stdout
