@@ -7,8 +7,9 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 
 .PHONY: demo test test-all test-matrix lint clean
 
+# PIPELINE=hunyuan_video_tiny or cogvideox_tiny: another of the small ones.
 demo: .venv/installed
-	$(BIN)/dit-sparse compare --method adaspa --steps 10 --out demo
+	$(BIN)/dit-sparse compare --method adaspa --steps 10 --out demo $(if $(PIPELINE),--pipeline $(PIPELINE))
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2

@@ -25,12 +25,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
+from boxed import open_boxed  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
 
 from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
-from dit_sparse.loading import call_arguments, load_pipeline  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
@@ -70,9 +70,8 @@ class Runner:
 
     def __post_init__(self):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = load_pipeline(self.source, self.device, getattr(torch, self.args.dtype))
-        self.pipe.vae.to(torch.float32)
-        arguments = call_arguments(self.pipe, self.source).override(
+        self.pipe, arguments = open_boxed(self.source, self.args.dtype)
+        arguments = arguments.override(
             num_inference_steps=self.args.steps,
             height=self.args.height,
             width=self.args.width,

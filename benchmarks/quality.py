@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
-from diffusers import WanPipeline  # noqa: E402
+from boxed import open_boxed  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 
@@ -49,13 +49,8 @@ class Runner:
 
     def __init__(self, args):
         self.args = args
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, args.dtype)
-        self.pipe = WanPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(device)
-        self.pipe.vae.to(torch.float32)
-        self.pipe.set_progress_bar_config(disable=True)
-        box = json.loads((args.pipeline / "dit_sparse.json").read_text())
-        self.call = box["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
+        self.pipe, arguments = open_boxed(args.pipeline, args.dtype)
+        self.call = arguments.override(num_inference_steps=args.steps).call
         prompts, _, _ = make_test_prompts(args.prompts, PROMPT_SEED)
         self.prompts = [prompt for prompt in prompts for _ in range(args.seeds)]
         self.seeds = [index for _ in prompts for index in range(args.seeds)]

@@ -13,7 +13,7 @@ from packaging.version import Version
 from .metrics import torchvision_problem
 from .pipelines.family import families
 
-BOX = Path("samples") / "wan_tiny"
+BOXES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny"  # the first is the default
 CALL_FILE = "dit_sparse.json"
 CALL_ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 DEFAULT_FPS = 16
@@ -57,20 +57,30 @@ class CallArguments:
         return next((entry[name] for entry in self.measured if entry["call"] == self.call), None)
 
 
-def boxed_pipeline() -> Path:
-    """Folder of the small trained pipeline that comes along, in a checkout or an installed wheel.
+def boxed_pipeline(name: str = BOXES[0]) -> Path:
+    """Folder of a small trained pipeline that comes along, in a checkout or an installed wheel.
 
     Raises:
-        FileNotFoundError: this installation has none.
+        FileNotFoundError: this installation has none of that name.
     """
-    package = Path(__file__).parent
+    package, box = Path(__file__).parent, Path("samples") / name
     for root in (package, package.parent):
-        if (root / BOX / "model_index.json").is_file():
-            return root / BOX
+        if (root / box / "model_index.json").is_file():
+            return root / box
     raise FileNotFoundError(
-        f"the small pipeline {BOX} is not in this installation. Name one with --pipeline: "
+        f"the small pipeline {name} is not in this installation. Name one with --pipeline: "
         "a folder with model_index.json, or a hub id"
     )
+
+
+def find_pipeline(source: str | Path | None) -> str | Path:
+    """The folder that is meant, else the hub id: a box by its name, the first one by None."""
+    if source is None:
+        return boxed_pipeline()
+    path = Path(source).expanduser()
+    if not path.exists() and str(source) in BOXES:
+        return boxed_pipeline(str(source))
+    return path if path.exists() else source
 
 
 def choose_device(name: str | None = None) -> str:
@@ -106,20 +116,21 @@ def load_pipeline(source: str | Path | None, device: str, dtype: torch.dtype) ->
     """Load a diffusers pipeline and put it on a device.
 
     Args:
-        source: a folder with model_index.json, a hub id, or None for the boxed pipeline.
+        source: a folder with model_index.json, a hub id, or the name of a boxed pipeline; None for
+            the first of these.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
         RuntimeError: torchvision is broken (transformers imports it).
     """
-    source = boxed_pipeline() if source is None else source
-    path = Path(source).expanduser()
+    source = find_pipeline(source)
+    path = Path(source)
     if path.exists() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{source} is no diffusers pipeline: it has no model_index.json. "
             "Name the folder that save_pretrained wrote"
         )
-    pipe = from_pretrained(path if path.exists() else source, dtype)
+    pipe = from_pretrained(source, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -150,7 +161,7 @@ def from_pretrained(source: str | Path, dtype: torch.dtype) -> Any:
 
 def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
     """What `dit_sparse.json` beside the model says; else the pipeline's own defaults."""
-    folder = boxed_pipeline() if source is None else Path(source).expanduser()
+    folder = Path(find_pipeline(source))
     known = inspect.signature(pipe.__call__).parameters
     if (folder / CALL_FILE).is_file():
         stored = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))

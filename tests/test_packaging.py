@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dit_sparse.loading import BOXES
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
@@ -37,10 +39,10 @@ def test_wheel_carries_modules_and_data_and_no_top_level_kernels(wheel):
     for part in (ROOT / "dit_sparse" / "page").iterdir():
         assert f"dit_sparse/page/{part.name}" in names
     assert not [name for name in names if name.startswith(("kernels/", "pipelines/"))]
-    box = ROOT / "samples" / "wan_tiny"
-    for file in box.rglob("*"):
-        if file.is_file():
-            assert f"dit_sparse/samples/wan_tiny/{file.relative_to(box).as_posix()}" in names
+    for box in BOXES:
+        for file in (ROOT / "samples" / box).rglob("*"):
+            if file.is_file():
+                assert f"dit_sparse/{file.relative_to(ROOT).as_posix()}" in names
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "checkout"])

@@ -1,0 +1,53 @@
+"""The small trained pipelines: they load offline by their own class, and sparsity works on them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_sparse import enable_sparse_attention
+from dit_sparse.loading import BOXES, boxed_pipeline, call_arguments, find_pipeline, load_pipeline
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from boxed import open_boxed  # noqa: E402
+
+CLASSES = "WanPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline"
+LITTLE = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 3}
+
+
+@pytest.mark.parametrize("name, cls", zip(BOXES, CLASSES))
+def test_a_box_loads_by_its_name_and_its_own_class(name, cls):
+    pipe = load_pipeline(name, "cpu", torch.float32)
+    assert type(pipe).__name__ == cls
+    arguments = call_arguments(pipe, name)
+    assert arguments.call["num_inference_steps"] == 25 and arguments.prompts
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_full_density_is_dense_and_low_density_is_near(name):
+    pipe, arguments = open_boxed(name, "bfloat16")
+    call = arguments.call | LITTLE
+
+    def frames():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(arguments.prompts[0], generator=generator, output_type="pt", **call).frames
+
+    dense = frames()
+    assert dense.dtype == torch.float32 and dense.isfinite().all()
+    with enable_sparse_attention(pipe, density=0.5, search_at=(0.3,)) as handle:
+        sparse = frames()
+        assert 0 < handle.report().density < 1
+    assert not torch.equal(sparse, dense)
+    assert (sparse - dense).square().mean() < (dense - dense.mean()).square().mean()
+    assert torch.equal(frames(), dense)
+
+
+def test_a_folder_goes_before_a_box_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_pipeline(BOXES[1]) == boxed_pipeline(BOXES[1])
+    (tmp_path / BOXES[1]).mkdir()
+    assert find_pipeline(BOXES[1]) == Path(BOXES[1])
+    assert find_pipeline("someone/model") == "someone/model"
+    assert find_pipeline(None) == boxed_pipeline()
