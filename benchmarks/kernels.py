@@ -74,6 +74,7 @@ SHAPES = [
 SIZES = ((128, 128), (64, 64))
 DENSITIES = (0.5, 0.2, 0.1)
 KINDS = ("random", "real", "uneven")
+SEARCH_CASES = ("case", "mass case", "sampled case", "top-k case", "pool case")
 # (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
 CANDIDATES = {
     (128, 128): [
@@ -432,22 +433,13 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
     from dit_sparse.dense import dense_attention_with_lse
     from dit_sparse.kernels.block_mass import block_mass
     from dit_sparse.kernels.block_pool import block_pool
+    from dit_sparse.kernels.sampled_mass import sampled_mass
 
     _, lse = dense_attention_with_lse(q, k, v)
     flops = 2 * shape.heads * shape.tokens**2 * shape.head_dim
-    # Every eighth query in two passes: what the products of a sampled scorer cost. Its rows are
-    # summed over blocks of 64 samples here, so it is a lower bound and no scorer yet.
-    sampled = q[:, ::8].contiguous()
-    full = BlockMask.full(sampled.shape[1], shape.tokens, device="cuda")
-
-    def sampled_scores():
-        _, sampled_lse = ENGINES["triton"].attend(sampled, k, k, full, kv_len=None, scale=None)
-        return block_mass(sampled, k, sampled_lse, block_size=(64, 64))
-
     order = torch.randperm(shape.tokens, device="cuda")
     hidden = q.flatten(2)
     bench.add(shape.name, "reorder", lambda: hidden[:, order])
-    bench.add(shape.name, "sampled_mass_bound", sampled_scores, flops / 4)
     for size in SIZES:
         block = {"block": list(size)}
         bench.add(
@@ -455,6 +447,14 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
             "block_mass",
             lambda s=size: block_mass(q, k, lse, block_size=s),
             flops,
+            **block,
+        )
+        rows = q[:, 4::8]
+        bench.add(
+            shape.name,
+            "sampled_mass",
+            lambda s=size, r=rows: sampled_mass(r.contiguous(), k, s[0] // 8, s[1]),
+            flops / 4,
             **block,
         )
         bench.add(shape.name, "block_pool", lambda s=size: block_pool(q, s[0]), **block)
@@ -474,11 +474,23 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
 
 def check_cases(bench: Bench) -> None:
     """Every case of the tests on this GPU. Ours gets no time where one is outside the rule."""
-    from kernel_cases import CASES, check_attention, check_mass, check_pool, check_tail
+    from kernel_cases import (
+        CASES,
+        check_attention,
+        check_mass,
+        check_pool,
+        check_sampled,
+        check_tail,
+        check_top_k,
+    )
 
     for case in CASES:
         run_case(bench, "case", case.name, partial(check_attention, case, "cuda"))
         run_case(bench, "tail case", case.name, partial(check_tail, case, "cuda"))
+    run_case(bench, "top-k case", "77 blocks", partial(check_top_k, "cuda"))
+    run_case(bench, "top-k case", "1858 blocks", partial(check_top_k, "cuda", 1858))
+    for case in CASES:
+        run_case(bench, "sampled case", case.name, partial(check_sampled, case, "cuda"))
     for case in CASES[1:9:2] + CASES[15:16]:
         run_case(bench, "mass case", case.name, partial(check_mass, case, "cuda"))
         run_case(bench, "pool case", case.name, partial(check_pool, case, "cuda"))
@@ -559,7 +571,7 @@ def main() -> None:
     if not options.gluon_cases:
         time_all(bench, options)
     bench.save()
-    wrong = wrong_cases(bench, "case", "mass case", "pool case", "gluon case")
+    wrong = wrong_cases(bench, *SEARCH_CASES, "gluon case")
     summary = {"complete": bench.complete, "records": len(bench.records), "wrong": wrong}
     print(json.dumps(summary | {"run": bench.runs[-1]}))
     if wrong:
@@ -573,7 +585,7 @@ def time_all(bench: Bench, options) -> None:
         bench.engines = [name for name in bench.engines or ("fa4", "flex") if name != "triton"]
         if not bench.engines:
             return
-    search = not (options.skip_search or wrong_cases(bench, "case", "mass case", "pool case"))
+    search = not (options.skip_search or wrong_cases(bench, *SEARCH_CASES))
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     for shape in SHAPES:

@@ -47,8 +47,9 @@ class BlockMask:
                 f" {kv_len} keys in blocks of {block_size}, got {mask.dtype} {tuple(mask.shape)}"
             )
         q_tokens = _valid_tokens(q_len, block_size[0], mask.device)
-        kv_tokens = _valid_tokens(kv_len, block_size[1], mask.device)
-        pairs = (mask.float() @ kv_tokens) @ q_tokens  # (B, H)
+        missing = expected[1] * block_size[1] - kv_len  # of the last block
+        kv_tokens = mask.sum(-1) * block_size[1] - mask[..., -1] * missing  # (B, H, Nq)
+        pairs = kv_tokens.float() @ q_tokens  # (B, H)
         # Counting on a GPU would wait for it, and lists live for one call only.
         on_cpu = mask.device.type == "cpu"
         return cls(
@@ -85,7 +86,7 @@ class BlockMask:
         The first `kv_num_blocks` entries of a row are the kept key blocks in ascending order;
         the rest are 0. Does not wait for a GPU.
         """
-        if self.bits.device.type == "cuda" and _triton_is_installed():
+        if self.bits.device.type == "cuda" and triton_is_installed():
             from .kernels.block_lists import block_lists
 
             return block_lists(self.bits, self.num_blocks[1], self.max_blocks, dtype)
@@ -160,7 +161,7 @@ class BlockMask:
 
 
 @cache
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
     return find_spec("triton") is not None
 
 

@@ -91,6 +91,24 @@ MASS = {
     ("other", "float32"): FLOAT32,
 }
 
+SAMPLED = {  # rows are sampled ones, of several blocks
+    ("hopper", "descriptor"): {
+        16: [Tile(128, 128, 8, 3)],
+        32: [Tile(128, 128, 8, 3)],
+        64: [Tile(128, 128, 8, 3)],
+        128: [Tile(128, 128, 8, 2)],
+        256: [Tile(64, 64, 4, 2)],
+    },
+    ("other", "pointer"): {
+        16: [Tile(128, 64, 8, 2)],
+        32: [Tile(128, 64, 8, 2)],
+        64: [Tile(128, 64, 8, 2)],
+        128: [Tile(128, 64, 8, 2)],
+        256: [Tile(64, 64, 4, 2)],
+    },
+    ("other", "float32"): FLOAT32,
+}
+
 TAIL = {  # columns are means of kv blocks
     ("hopper", "descriptor"): {
         16: [Tile(128, 64, 4, 2)],

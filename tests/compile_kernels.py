@@ -27,7 +27,9 @@ from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.sampled_mass import sampled_mass  # noqa: E402
 from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
+from dit_sparse.kernels.top_k import top_k  # noqa: E402
 
 GLUON_TILES = [tiles.Tile(128, 128, 8, 2, True), tiles.Tile(64, 64, 4, 2, True)]
 GLUON_TILES += [tiles.Tile(128, 64, 8, 2, True), tiles.Tile(64, 128, 4, 2, True)]
@@ -76,6 +78,10 @@ def launches(everything: bool):
                     f"mass {name}",
                     lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
                 )
+                yield (
+                    f"sampled {name}",
+                    lambda x=x, s=size: sampled_mass(x, x, s[0] // 8, s[1]),
+                )
                 means = torch.zeros(1, 512 // size[1], 2, head_dim, dtype=dtype)
                 bits = torch.zeros(1, 2, 512 // size[0], -(-means.shape[1] // 8), dtype=torch.uint8)
                 yield (
@@ -92,6 +98,8 @@ def launches(everything: bool):
                     ),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
+    scores, kept = torch.zeros(1, 2, 4, 1000), torch.ones(1, 2, dtype=torch.int64)
+    yield "top k", lambda: top_k(scores, kept, torch.zeros(4, 1000, dtype=torch.bool))
     yield "lists", lambda: block_lists(torch.zeros(1, 2, 4, 8, dtype=torch.uint8), 60, 60)
 
 

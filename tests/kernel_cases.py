@@ -15,8 +15,10 @@ from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
+from dit_sparse.kernels.sampled_mass import sampled_mass
 from dit_sparse.kernels.tail_fwd import tail_fwd
 from dit_sparse.kernels.tiles import Tile
+from dit_sparse.kernels.top_k import top_k
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -262,6 +264,53 @@ def check_mass(case: Case, device: str) -> dict[str, float]:
             rows = torch.tensor(valid, dtype=torch.float32, device=device).expand(mass.shape[:3])
             torch.testing.assert_close(mass.sum(-1), rows, rtol=1e-4, atol=1e-4)
     return errors
+
+
+def check_sampled(case: Case, device: str) -> dict[str, float]:
+    """Run `sampled_mass` on one row in four of `case`; the limit is that of `check_mass`."""
+    query, key, _, _, _ = draw(case, device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    block_q, block_kv = case.block_size
+    query = query[:, ::4]
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    exact = q.double() @ k.double().transpose(2, 3) * scale
+    product = (q @ k.transpose(2, 3)).double() * scale
+
+    def fold(scores: Tensor) -> Tensor:
+        rows = [part.sum(2) for part in scores.softmax(-1).split(block_q // 4, 2)]
+        return torch.stack(
+            [torch.stack([part.sum(-1) for part in r.split(block_kv, -1)], -1) for r in rows], 2
+        )
+
+    want = fold(exact)
+    mass = sampled_mass(query, key, block_q // 4, block_kv, case.scale)
+    assert mass.shape == want.shape and mass.dtype == torch.float32
+    error = max_error(mass, want)
+    limit = 2 * max_error(fold(product), want) + 1e-5 * block_q
+    assert error <= limit, f"{case.name}: sampled mass {error} > {limit}"
+    return {"sampled": error}
+
+
+def check_top_k(device: str, blocks: int = 77, rows: int = 19) -> dict[str, float]:
+    """Run `top_k` on scores with ties, both zeros and infinities against a stable sort."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(2, 3, rows, blocks, generator=generator).to(device)
+    scores[0] = scores[0].mul(2).round()
+    scores[1, 0, :, ::3], scores[1, 0, :, 1::5] = float("-inf"), 0.0
+    scores[1, 1] = scores[1, 1].abs() * 1e-30
+    kept = torch.randint(1, blocks + 1, (2, 3), generator=generator).to(device)
+    kept[0, 0], kept[0, 1] = 1, blocks
+    forced = torch.rand(rows, blocks, generator=generator).to(device) < 0.1
+    forced[0], forced[1] = True, False
+    best = (scores + 0.0).masked_fill(forced, torch.inf)
+    best = best.sort(dim=-1, descending=True, stable=True).indices
+    within = torch.arange(blocks, device=device) < kept[..., None, None]
+    want = torch.zeros(scores.shape, dtype=torch.bool, device=device)
+    want = want.scatter_(-1, best, within.expand_as(best)) | forced
+    got = top_k(scores, kept, forced)
+    wrong = int((got != want).sum())
+    assert wrong == 0, f"top_k: {wrong} blocks are wrong"
+    return {"wrong": wrong}
 
 
 def check_pool(case: Case, device: str) -> dict[str, float]:

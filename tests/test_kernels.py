@@ -18,7 +18,9 @@ from kernel_cases import (  # noqa: E402
     check_attention,
     check_mass,
     check_pool,
+    check_sampled,
     check_tail,
+    check_top_k,
     draw,
     gluon_tile,
     to_lists,
@@ -125,6 +127,20 @@ def test_block_mass_of_a_skipped_row_is_zero():
 @by_name("d64-bf16", "d128-fp16", "d96-bf16", "d32-fp32", "block-32-32", "transposed", "sliced")
 def test_block_pool_averages_valid_tokens(case):
     check_pool(case, DEVICE)
+
+
+@by_name("d64-bf16", "d40-bf16", "d64-fp32", "block-64-128", "shorter-than-a-block", "transposed")
+def test_sampled_mass(case):
+    check_sampled(case, DEVICE)
+
+
+def test_sampled_mass_of_more_rows_a_block_than_a_tile_has():
+    check_sampled(Case("", dtype=FP32, head_dim=256, q_len=530, block_size=(128, 64)), DEVICE)
+
+
+@pytest.mark.parametrize("blocks", [1, 19, 77])
+def test_top_k(blocks):
+    check_top_k(DEVICE, blocks, rows=5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -2,6 +2,7 @@
 
 from ..config import SparseConfig
 from .adaspa import AdaSpa
+from .adaspa_sampled import AdaSpaSampled
 from .auto import Auto
 from .dfsattn import DFSAttn
 from .draftattention import DraftAttention
@@ -13,6 +14,7 @@ from .window import Window
 
 METHODS: dict[str, type[SparseConfig]] = {
     "adaspa": AdaSpa,
+    "adaspa-sampled": AdaSpaSampled,
     "draftattention": DraftAttention,
     "rettention": Rettention,
     "sparse-vdit": SparseVDiT,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config import SparseConfig, flag, is_number
-from .score import exact_mass
+from .score import Scores, exact_mass
 from .search import Found, Search
 from .select import blocks_of, kept_share, most_blocks, top_k_rows
 
@@ -65,7 +65,7 @@ class AdaSpa(SparseConfig):
             )
 
     def find(self, search: Search) -> Found:
-        mass, cost = exact_mass(search, self.block_size, self.engine)
+        mass, cost = self.score(search)
         forced = self.forced(search)
         density = mass.new_full(mass.shape[:2], self.density)
         mask = self._select(mass, density, forced)
@@ -73,6 +73,9 @@ class AdaSpa(SparseConfig):
             density = self.head_densities(kept_share(mass, mask))
             mask = self._select(mass, density, forced)
         return Found(mask, kept_share(mass, mask).mean(0), cost)
+
+    def score(self, search: Search) -> Scores:
+        return exact_mass(search, self.block_size, self.engine)
 
     def _select(self, mass: Tensor, density: Tensor, forced: Tensor) -> Tensor:
         blocks = mass.shape[-1]

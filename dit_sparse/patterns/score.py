@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import block_mass
+from ..attention import block_mass, own_engine, refuse_missing
 from ..grid import VideoGrid, token_order
 from ..reference import block_pool
 from .search import Search
@@ -66,7 +66,7 @@ def pooled_sums(search: Search, block_size: int, pool: int) -> Scores:
     return _sum_groups(scores, block_size // pool, block_size // pool), cost
 
 
-def sampled_rows(search: Search, block_size: int, every: int = 8) -> Scores:
+def sampled_rows(search: Search, block_size: int, every: int = 8, engine: str = "auto") -> Scores:
     """Exact mass of one query row in `every`, the middle one; 8 of each 64 by default.
 
     The rows take their log-sum-exp from a pass of their own, so that no dense call is needed: two
@@ -76,7 +76,7 @@ def sampled_rows(search: Search, block_size: int, every: int = 8) -> Scores:
     rows = torch.arange(0, tokens, every, device=search.query.device) + every // 2
     rows = rows.clamp(max=tokens - 1)  # the last few tokens are a group, too
     query = search.query[:, rows]
-    mass = _mass_of_rows(search, query, search.key, block_size // every, block_size)
+    mass = _mass_of_rows(search, query, search.key, block_size // every, block_size, engine)
     return mass, len(rows) / tokens
 
 
@@ -143,7 +143,12 @@ def block_centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
 
 
 def _mass_of_rows(
-    search: Search, query: Tensor, key: Tensor, rows_per_block: int, block_size: int
+    search: Search,
+    query: Tensor,
+    key: Tensor,
+    rows_per_block: int,
+    block_size: int,
+    engine: str = "auto",
 ) -> Tensor:
     """Softmax mass of query rows in each key block, summed over the rows of each query block.
 
@@ -152,11 +157,33 @@ def _mass_of_rows(
         key: (B, S, H, d). The scale of the logits is that of the whole head dim.
     """
     scale = search.query.shape[-1] ** -0.5
+    how = rows_per_block, block_size, scale
+    if own_engine(engine, query, (block_size, block_size)) == "torch":
+        return _mass_in_torch(query, key, search.lengths, *how)
+    refuse_missing("triton", query.device)
+    from ..kernels.sampled_mass import sampled_mass
+
+    if search.lengths is None:
+        return sampled_mass(query, key, *how)
+    samples = zip(query.split(1), key.split(1), search.lengths, strict=True)
+    masses = [sampled_mass(q, k[:, :n], *how) for q, k, n in samples]
+    blocks = search.grid.num_blocks(block_size)
+    return torch.cat([F.pad(mass, (0, blocks - mass.shape[-1])) for mass in masses])
+
+
+def _mass_in_torch(
+    query: Tensor,
+    key: Tensor,
+    lengths: tuple[int, ...] | None,
+    rows_per_block: int,
+    block_size: int,
+    scale: float,
+) -> Tensor:
     keys = key.permute(0, 2, 3, 1).float()  # (B, H, d, S)
     padded = None
-    if search.lengths is not None:
-        lengths = torch.tensor(search.lengths, device=key.device)
-        padded = (torch.arange(key.shape[1], device=key.device) >= lengths[:, None])[:, None, None]
+    if lengths is not None:
+        valid = torch.tensor(lengths, device=key.device)[:, None]
+        padded = (torch.arange(key.shape[1], device=key.device) >= valid)[:, None, None]
     per_row = key.shape[0] * key.shape[2] * key.shape[1]
     blocks_at_once = max(1, CHUNK_ELEMENTS // (per_row * rows_per_block))
     parts = []

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..block_mask import triton_is_installed
 from ..grid import VideoGrid
 
 
@@ -21,6 +22,11 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor, most: int | None = 
     Returns:
         (B, H, N, N) bool.
     """
+    if scores.is_cuda and scores.dtype == torch.float32 and triton_is_installed():
+        from ..kernels.top_k import MAX_BLOCKS, top_k
+
+        if scores.shape[-1] <= MAX_BLOCKS:
+            return top_k(scores, kept, forced)
     largest = int(kept.max()) if most is None else most
     best = scores.masked_fill(forced, torch.inf).topk(largest, dim=-1).indices
     within = torch.arange(largest, device=scores.device) < kept[..., None, None]
