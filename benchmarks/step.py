@@ -5,10 +5,10 @@
     python benchmarks/step.py --model wan-1.3b-480p --tiny --compile-backend eager --out x.json
 
 One forward of each kind: dense (the stock model under the fastest dense attention of this machine,
-text without padding), and with sparse attention enabled its dense warm-up, the first search, whose
-output is dense, the first reuse of that mask, later reuses, and a later search. 50-step schedules
-are composed from them; `--whole` runs one to check the sum. Text encoder and VAE are left out: they
-are the same on both sides.
+text without padding), and with sparse attention enabled its dense warm-up, the first search (whose
+output is dense with `--method adaspa`), the first reuse of that mask, later reuses, and a later
+search. 50-step schedules are composed from them; `--whole` runs one to check the sum. Text encoder
+and VAE are left out: they are the same on both sides.
 
 What would mislead: weights and inputs are random, so the search is run for its time alone and the
 mask is a given one: random blocks (the worst for the cache), the nearest in space and time, or
@@ -49,7 +49,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import dit_sparse.step  # noqa: E402
 from dit_sparse import AdaSpa, BlockMask, enable_sparse_attention  # noqa: E402
-from dit_sparse.patterns import adaspa  # noqa: E402
+from dit_sparse.patterns import METHODS, adaspa, adaspa_sampled  # noqa: E402
 from dit_sparse.patterns.score import nearness  # noqa: E402
 from dit_sparse.patterns.search import Found, Search  # noqa: E402
 from dit_sparse.patterns.select import blocks_of, forced_blocks, top_k_rows  # noqa: E402
@@ -204,24 +204,23 @@ class Masks:
         return mask
 
 
-@dataclass(frozen=True)
-class GivenMasks(AdaSpa):
-    """AdaSpa that searches, for the time it takes, and then keeps a mask that is given.
+def with_given_masks(method: type[AdaSpa]) -> type[AdaSpa]:
+    """The method, searching for the time it takes, that then keeps a mask that is given."""
 
-    Args:
-        masks: where the masks come from; its time is not counted.
-    """
+    @dataclass(frozen=True)
+    class GivenMasks(method):  # type: ignore[misc, valid-type]
+        masks: Any = None  # where they come from; its time is not counted
 
-    masks: Any = None
+        def find(self, search: Search) -> Found:
+            cost = super().find(search).cost
+            with self.masks.clock.region("given mask"):
+                mask = self.masks.of(search, self).expand(search.query.shape[0], -1, -1, -1)
+                return Found(mask, None, cost)
 
-    def find(self, search: Search) -> Found:
-        cost = super().find(search).cost
-        with self.masks.clock.region("given mask"):
-            mask = self.masks.of(search, self).expand(search.query.shape[0], -1, -1, -1)
-            return Found(mask, None, cost)
+        def to_dict(self) -> dict:
+            return {name: getattr(self, name) for name in method.options()}
 
-    def to_dict(self) -> dict:
-        return {name: getattr(self, name) for name in AdaSpa.options()}
+    return GivenMasks
 
 
 def our_regions() -> list[tuple[Any, str, str]]:
@@ -235,6 +234,7 @@ def our_regions() -> list[tuple[Any, str, str]]:
         (dit_sparse.step, "sparse_attention", "attention"),
         (dit_sparse.step, "permute_video", "reorder"),
         (adaspa, "exact_mass", "search"),
+        (adaspa_sampled, "sampled_rows", "search"),
         *((BlockMask, name, "unpack") for name in unpacking if hasattr(BlockMask, name)),
         *([(once, "func", "unpack")] if once is not None else []),
     ]
@@ -476,7 +476,7 @@ class Benchmark:
     def sparse(self, compiled: bool) -> None:
         args, mode = self.args, "compiled" if compiled else "eager"
         masks = Masks(args.masks, self.clock)
-        config = GivenMasks(
+        config = with_given_masks(METHODS[args.method])(
             density=args.densities[0],
             search_at=SEARCH_AT,
             order=args.order,
@@ -524,7 +524,8 @@ class Benchmark:
         kept = sum(entry.nbytes() for entry in self.state.kept.values())
         more = sum(k for _, _, k in self.model.layers) / len(self.attentions)
         kept_in_all = kept * more * len(self.model.branches)
-        dense = "dense with log-sum-exp" if step == SEARCH else self.result["dense_backend"]
+        fused = step == SEARCH and METHODS[self.args.method].uses_lse
+        dense = "dense with log-sum-exp" if fused else self.result["dense_backend"]
         self.add_row(
             KIND_AT[step],
             found,
@@ -656,6 +657,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--densities", type=float, nargs="+", default=[0.2, 0.5, 0.1])
     add("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     add("--dense-backend", help="diffusers' name; the fastest by default")
+    add("--method", choices=("adaspa", "adaspa-sampled"), default="adaspa")
     add("--masks", default="random", help="random, near, or an .npz file of recorded masks")
     add("--engine", default="auto")
     add("--block-size", type=int, default=64)
