@@ -43,15 +43,17 @@ class HunyuanVideoSparseAttnProcessor:
         single = attn.add_q_proj is None  # text shares the projections of the video
         if single:
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        projections = attn.to_q, attn.to_k, attn.to_v
-        joint = _project(attn.heads, hidden_states, projections, attn.norm_q, attn.norm_k)
-        if image_rotary_emb is not None:
-            joint[:2] = [_rotate_video(x, image_rotary_emb, length) for x in joint[:2]]
-        if not single:
-            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            norms = attn.norm_added_q, attn.norm_added_k
-            text = _project(attn.heads, encoder_hidden_states, projections, *norms)
-            joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
+        joint = []
+        for part in ("q", "k", "v"):  # each to its end: what is underway at once sets the peak
+            x = _project(attn, hidden_states, f"to_{part}", f"norm_{part}")
+            if image_rotary_emb is not None and part != "v":
+                x = _rotate_video(x, image_rotary_emb, length)
+            if not single:
+                text = _project(
+                    attn, encoder_hidden_states, f"add_{part}_proj", f"norm_added_{part}"
+                )
+                x = torch.cat([x, text], dim=1)
+            joint.append(x)
         output = attend(*joint, self.slot)  # (B, S, H, D)
         output = output.flatten(2, 3).to(joint[0].dtype)
         hidden_states, encoder_hidden_states = output[:, :length], output[:, length:]
@@ -80,12 +82,11 @@ class HunyuanVideo15SparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
         return valid[:, None, None] & valid[:, None, :, None]
 
 
-def _project(heads: int, x: Tensor, projections: tuple, norm_q: Any, norm_k: Any) -> list[Tensor]:
-    """Normed query and key, and value, each (B, S, H, D)."""
-    query, key, value = (project(x).unflatten(2, (heads, -1)) for project in projections)
-    query = query if norm_q is None else norm_q(query)
-    key = key if norm_k is None else norm_k(key)
-    return [query, key, value]
+def _project(attn: Any, x: Tensor, projection: str, norm: str) -> Tensor:
+    """Query, key or value (B, S, H, D), with its norm where it has one."""
+    x = getattr(attn, projection)(x).unflatten(2, (attn.heads, -1))
+    normed = getattr(attn, norm, None)
+    return x if normed is None else normed(x)
 
 
 def _rotate_video(x: Tensor, rotary_emb: Any, length: int) -> Tensor:

@@ -39,7 +39,8 @@ class WanSparseAttnProcessor:
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+            query = _rotate(query, *rotary_emb)
+            key = _rotate(key, *rotary_emb)
         output = attend(query, key, value, self.slot)  # (B, S, H, D)
         output = output.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
