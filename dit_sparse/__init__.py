@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .grid import VideoGrid
     from .patterns import (
         AdaSpa,
+        AdaSpaSampled,
         Auto,
         DFSAttn,
         DraftAttention,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaSpa",
+    "AdaSpaSampled",
     "Auto",
     "BlockMask",
     "DFSAttn",
@@ -57,6 +59,7 @@ __all__ = [
 
 _CORE = {  # needs torch alone; every other name lives in api and needs diffusers
     "AdaSpa": "patterns",
+    "AdaSpaSampled": "patterns",
     "Auto": "patterns",
     "BlockMask": "block_mask",
     "DFSAttn": "patterns",

@@ -10,6 +10,7 @@ from tiny_joint import PIPELINES
 
 from dit_sparse import (
     AdaSpa,
+    AdaSpaSampled,
     BlockMask,
     DFSAttn,
     DraftAttention,
@@ -250,6 +251,26 @@ def test_text_and_own_blocks_are_kept(config):
     mask = config.find(make_search(VideoGrid(5, 8, 16, text_tokens=30, text_first=True))).mask
     assert mask[..., 0].all() and mask[..., 0, :].all()
     assert mask.diagonal(dim1=-2, dim2=-1).all()
+
+
+def test_adaspa_sampled_is_adaspas_rule_on_the_sampled_mass():
+    search, config = make_search(), AdaSpaSampled(density=0.3, block_size=BLOCK)
+    mass, cost = score.sampled_rows(search, BLOCK)
+    rule = AdaSpa(density=0.3, block_size=BLOCK)
+    object.__setattr__(rule, "score", lambda _: (mass, cost))
+    found, expected = config.find(replace(search, lse=None)), rule.find(search)
+    assert torch.equal(found.mask, expected.mask) and found.cost == cost == 0.125
+
+
+def test_adaspa_sampled_needs_no_dense_step_and_keeps_no_log_sum_exp():
+    pipe = tiny_wan()
+    with enable_sparse_attention(pipe, AdaSpaSampled(search_at=(0.0, 0.5))) as handle:
+        generate(pipe)
+        report = handle.report()
+    assert {entry["kind"] for entry in report.trace} == {"search", "reuse"}
+    assert all(entry["density"] is not None for entry in report.trace)
+    masks = AdaSpaSampled().cache_bytes((1, 640, 2, 16), 4)
+    assert masks == 2 * 10 * 2 == AdaSpa().cache_bytes((1, 640, 2, 16), 4) - 4 * 640 * 2
 
 
 def test_dfsattn_counts_down():
