@@ -231,17 +231,19 @@ def mean(values):
 
 def settings(runner, method, cls, grid):
     """The configs that a method is tuned over."""
-    for density in grid["densities"]:
-        if method == "sparse-vdit":
+    if method == "sparse-vdit":
+        for density in grid["densities"]:
             for epsilon in grid["epsilons"]:
                 yield from mode_table_configs(runner, cls, density, epsilon, grid["warm_ups"])
-            continue
+        return
+    # where a density only caps, another option is swept over as many values
+    for options in cls.swept or [{"density": density} for density in grid["densities"]]:
         for warm_up in grid["warm_ups"]:
             for searches in grid["searches"]:
                 at = tuple(warm_up + (1 - warm_up) * i / searches for i in range(searches))
-                yield cls(density=density, search_at=at, every_step=False)
+                yield cls(**options, search_at=at, every_step=False)
             if cls.every_step:  # a method that looks at every step by itself may do so
-                yield cls(density=density, search_at=(warm_up,), every_step=True)
+                yield cls(**options, search_at=(warm_up,), every_step=True)
 
 
 def mode_table_configs(runner, cls, density, epsilon, warm_ups):

@@ -50,6 +50,7 @@ class SparseConfig:
     cost: ClassVar[str] = ""  # formula of one sparse call, in words
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
+    swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
     # True where sparse outputs are completed by means of the rest; a correction is a residual then.
@@ -174,6 +175,11 @@ def whole(name: str, value, least: int) -> None:
 def positive(name: str, value) -> None:
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def part(name: str, value) -> None:
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} is a share, in (0, 1], got {value!r}")
 
 
 def flag(name: str, value) -> None:

@@ -49,6 +49,12 @@ class VideoGrid:
         return start, start + self.text_tokens
 
     @property
+    def video_span(self) -> tuple[int, int]:
+        """First video token and the one after the last, in the sequence."""
+        start = self.text_tokens if self.text_first else 0
+        return start, start + self.video_tokens
+
+    @property
     def conditioning_span(self) -> tuple[int, int]:
         """First token of the conditioning frames and the one after the last, in the sequence."""
         start = self.text_tokens if self.text_first else 0

@@ -135,8 +135,8 @@ class LayerAttention:
         corrects = self.layer - config.dense_layers < self._corrected_layers(query)
         if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
-        place = call.step, call.num_steps, call.branch, self.state.layers
-        found = config.find(Search(query, key, lse, call.grid, self.layer, call.lengths, *place))
+        seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
+        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen))
         size = (config.block_size, config.block_size)
         mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.

@@ -76,7 +76,7 @@ def sampled_rows(search: Search, block_size: int, every: int = 8, engine: str = 
     rows = torch.arange(0, tokens, every, device=search.query.device) + every // 2
     rows = rows.clamp(max=tokens - 1)  # the last few tokens are a group, too
     query = search.query[:, rows]
-    mass = _mass_of_rows(search, query, search.key, block_size // every, block_size, engine)
+    mass = mass_of_rows(search, query, search.key, block_size // every, block_size, engine)
     return mass, len(rows) / tokens
 
 
@@ -93,7 +93,7 @@ def channel_mass(search: Search, block_size: int, channels: int = 16) -> Scores:
     query, key = (
         x.gather(-1, best.expand(-1, x.shape[1], -1, -1)) for x in (search.query, search.key)
     )
-    return _mass_of_rows(search, query, key, block_size, block_size), channels / dim
+    return mass_of_rows(search, query, key, block_size, block_size), channels / dim
 
 
 def antidiagonal(search: Search, block_size: int, stride: int = 8) -> Scores:
@@ -107,14 +107,20 @@ def antidiagonal(search: Search, block_size: int, stride: int = 8) -> Scores:
         F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % stride)).unflatten(1, (-1, stride))
         for x in (search.query, search.key)
     )  # (B, S / stride, stride, H, D)
-    logits = torch.einsum("bishd,bjshd->bhij", query, key.flip(2)) / stride
-    logits = logits * search.query.shape[-1] ** -0.5
+    flipped, scale = key.flip(2), search.query.shape[-1] ** -0.5 / stride
+    padded = None
     if search.lengths is not None:
-        groups = torch.tensor(search.lengths, device=logits.device).add(stride - 1) // stride
-        padded = torch.arange(logits.shape[-1], device=logits.device) >= groups[:, None]
-        logits = logits.masked_fill(padded[:, None, None], -torch.inf)
-    per_block = block_size // stride
-    return _sum_groups(logits.softmax(-1), per_block, per_block), 1 / (2 * stride)
+        groups = torch.tensor(search.lengths, device=key.device).add(stride - 1) // stride
+        padded = (torch.arange(key.shape[1], device=key.device) >= groups[:, None])[:, None, None]
+    per_block, parts = block_size // stride, []
+    per_row = key.shape[0] * key.shape[1] * key.shape[3]
+    blocks_at_once = max(1, CHUNK_ELEMENTS // (per_row * per_block))
+    for rows in query.split(blocks_at_once * per_block, dim=1):
+        logits = torch.einsum("bishd,bjshd->bhij", rows, flipped) * scale
+        if padded is not None:
+            logits = logits.masked_fill(padded, -torch.inf)
+        parts.append(_sum_groups(logits.softmax(-1), per_block, per_block))
+    return torch.cat(parts, dim=2), 1 / (2 * stride)
 
 
 def nearness(grid: VideoGrid, order: str, block_size: int, time_scale: float = 1.0) -> Tensor:
@@ -142,7 +148,17 @@ def block_centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
     return sums / counts.unsqueeze(1)
 
 
-def _mass_of_rows(
+def block_middles(grid: VideoGrid, order: str, block_size: int) -> Tensor:
+    """Raster place of the middle video token of each block, (N,) int64; any for text alone."""
+    permutation, _ = token_order(grid, order, block_size)
+    first, _ = grid.video_span
+    start = torch.arange(0, grid.tokens, block_size) - first
+    end = (start + block_size).clamp(max=grid.video_tokens)
+    middle = (start.clamp_min(0) + end) // 2
+    return permutation[middle.clamp(0, grid.video_tokens - 1)]
+
+
+def mass_of_rows(
     search: Search,
     query: Tensor,
     key: Tensor,

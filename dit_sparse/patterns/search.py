@@ -20,6 +20,7 @@ class Search:
         lengths: valid tokens of each sample where they differ.
         step: absolute denoising step, 0-based, of `num_steps`.
         branch: CFG branch, diffusers' context name.
+        value: (B, S, H, D), for methods that compare outputs.
     """
 
     query: Tensor
@@ -32,6 +33,7 @@ class Search:
     num_steps: int = 1
     branch: str = "cond"
     layers: int = 1
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor, most: int | None = 
     return mask | forced
 
 
+def top_density_rows(scores: Tensor, density: float, forced: Tensor) -> Tensor:
+    """The best blocks of every row, as many in each head; forced ones count."""
+    blocks = scores.shape[-1]
+    kept = blocks_of(torch.full(scores.shape[:2], density, device=scores.device), blocks)
+    return top_k_rows(scores, kept, forced, most_blocks(density, blocks))
+
+
 def quota_rows(scores: Tensor, kept: Tensor, segments: Tensor, forced: Tensor) -> Tensor:
     """The best blocks of every row, chosen in each segment of the keys for itself.
 
@@ -106,6 +113,12 @@ def above(scores: Tensor, threshold: float | Tensor, forced: Tensor, row_floor: 
     return (scores >= threshold) | top_k_rows(scores, kept, forced)
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest along the last axis, bool."""
+    index = scores.topk(min(count, scores.shape[-1]), -1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+
+
 def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tensor:
     """Segment of each block, (N,) int64: 0 text, 1 conditioning frames, 2 generated frames.
 
@@ -142,6 +155,11 @@ def blocks_of(density: Tensor, num_blocks: int) -> Tensor:
 def most_blocks(density: float, num_blocks: int) -> int:
     """No density up to this one keeps more blocks of a row, however it is rounded."""
     return min(num_blocks, max(1, math.ceil(density * num_blocks) + 1))
+
+
+def most_kept(density: float, scores: Tensor) -> int:
+    """Blocks that a row of `scores` may keep, at least one: for `top_p_rows`."""
+    return int(blocks_of(torch.tensor(density), scores.shape[-1]))
 
 
 def kept_share(mass: Tensor, mask: Tensor) -> Tensor:
