@@ -23,7 +23,7 @@ from ..config import SparseConfig, positive, whole
 from ..reference import block_pool
 from .score import CHUNK_ELEMENTS, Scores
 from .search import Found, Search
-from .select import top_density_rows
+from .select import best, top_density_rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AnchorAttention(SparseConfig):
     def find(self, search: Search) -> Found:
         margins, cost = anchor_margins(search, self.block_size, self.step)
         forced = self.forced(search)
-        near = margins >= -self.theta
+        near = (margins >= -self.theta) | best(margins, 1)  # no row without keys
         return Found(top_density_rows(margins, self.density, forced) & near | forced, None, cost)
 
 

@@ -24,7 +24,7 @@ from ..config import SparseConfig, part, whole
 from .sampled import mass_of_places, sampled_places
 from .score import pooled_map
 from .search import Found, Search
-from .select import most_kept, top_p_rows
+from .select import best, most_kept, top_p_rows
 from .slashes import column_means, columns_and_diagonals, diagonal_means
 
 
@@ -73,7 +73,7 @@ class FlexPrefill(SparseConfig):
             self.share,
             forced.flatten()[None],
             cap=fewest * len(forced),
-        ).view_as(pooled)
+        ).view_as(pooled) | best(pooled, 1)  # no row without keys
         none = forced.new_zeros(1, 1)
         columns = top_p_rows(
             column_means(exact).unsqueeze(2), self.share, none, cap=-(-fewest // 2)
