@@ -49,8 +49,9 @@ from dit_sparse.patterns.svg2 import cluster_mass, k_means
 from dit_sparse.patterns.tree import best_regions, mass_inside, tree_logits
 from dit_sparse.reference import block_pool
 
-SEEDS = {"adaspa", "draftattention", "rettention", "sparse-vdit", "dfsattn", "random", "window"}
-FIELD = {name: cls for name, cls in available_methods().items() if name not in SEEDS}
+ELSEWHERE = {"adaspa", "adaspa-sampled", "draftattention", "rettention", "sparse-vdit", "dfsattn"}
+ELSEWHERE |= {"sol-attn", "auto-preview", "random", "window"}
+FIELD = {name: cls for name, cls in available_methods().items() if name not in ELSEWHERE}
 SMALL = VideoGrid(1, 7, 9)  # 63 tokens: two blocks
 GRID = VideoGrid(3, 7, 9)  # 189 tokens: six blocks of 32, the last of 29
 GRIDS = [

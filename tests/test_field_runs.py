@@ -1,0 +1,65 @@
+"""The methods of the field on tiny pipelines of all families, and in the sweep of pareto.py."""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from test_field import BLOCK, FIELD
+from test_pareto import FIELDS, arguments
+from tiny import tiny_wan
+from tiny_joint import PIPELINES
+
+from dit_sparse import enable_sparse_attention
+
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "samples")]
+
+import pareto  # noqa: E402
+
+CALL = {"num_inference_steps": 3, "output_type": "latent"}
+WAN = {"prompt": "a red ball", "height": 96, "width": 96, "num_frames": 9}
+SMALL_GRID = {"biformer": {"region": 1}, "misa": {"region": 1}}
+
+
+@cache
+def pipeline(family):
+    """A pipeline and what it is called with."""
+    if family == "Wan":
+        return tiny_wan(), WAN | {"max_sequence_length": 16}
+    make, call = PIPELINES[family]
+    return make(), call(1, False)
+
+
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("method", FIELD)
+@torch.no_grad()
+def test_methods_run_on_all_families(method, family):
+    pipe, call = pipeline(family)
+    options = {"density": 0.4, "block_size": BLOCK, "search_at": (0.34,)}
+    with enable_sparse_attention(pipe, method, **options, **SMALL_GRID.get(method, {})) as handle:
+        assert pipe(**call, **CALL).frames.isfinite().all()
+        report = handle.report()
+    assert report.search_calls > 0 and report.dense_calls > 0
+    assert 0 < report.density < 1 or method in ("sparge", "radial")
+    assert 0 < report.peak_cache_bytes <= report.planned_cache_bytes
+    reuse = [e["density"] for e in report.trace if e["kind"] == "reuse"]
+    assert bool(reuse) != FIELD[method].every_step
+
+
+@pytest.mark.parametrize("method", FIELD)
+def test_pareto_sweeps_as_many_settings_of_each(method):
+    grid = {"densities": (0.1, 0.2, 0.3, 0.4), "warm_ups": (0.0, 0.2), "searches": (1, 3)}
+    configs = list(pareto.settings(None, method, FIELD[method], grid))
+    each = 2 * (3 if FIELD[method].every_step else 2)
+    assert len(configs) == len(set(configs)) == 4 * each
+
+
+@pytest.mark.slow
+def test_pareto_records_every_method(tmp_path):
+    out = tmp_path / "pareto.json"
+    pareto.main([*arguments(out, *FIELD), "--budgets", "5"])  # so few tokens: all are sampled
+    records = json.loads(out.read_text())["records"]
+    assert {record["method"] for record in records} == set(FIELD)
+    assert all(FIELDS <= set(record) for record in records)
