@@ -31,6 +31,7 @@ from prompt_check import accuracy, load_checker, make_test_prompts, predict  # n
 
 from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
+from dit_sparse.distil import Distillation, distil  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
@@ -236,14 +237,23 @@ def settings(runner, method, cls, grid):
             for epsilon in grid["epsilons"]:
                 yield from mode_table_configs(runner, cls, density, epsilon, grid["warm_ups"])
         return
+    gate = {"gate": str(gates(runner))} if method == "seerattention" else {}
     # where a density only caps, another option is swept over as many values
-    for options in cls.swept or [{"density": density} for density in grid["densities"]]:
+    for swept in cls.swept or [{"density": density} for density in grid["densities"]]:
+        options = swept | gate
         for warm_up in grid["warm_ups"]:
             for searches in grid["searches"]:
                 at = tuple(warm_up + (1 - warm_up) * i / searches for i in range(searches))
                 yield cls(**options, search_at=at, every_step=False)
             if cls.every_step:  # a method that looks at every step by itself may do so
                 yield cls(**options, search_at=(warm_up,), every_step=True)
+
+
+def gates(runner):
+    """Where the gates lie that were distilled on the tuning prompts, beside the results."""
+    path = runner.args.out.parent / f"gates-{runner.name}-{runner.size}.safetensors"
+    distil(runner.pipe, lambda: runner.latents(runner.tuning), Distillation()).save(path)
+    return path
 
 
 def mode_table_configs(runner, cls, density, epsilon, warm_ups):

@@ -224,28 +224,40 @@ def calibrate_modes(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
+    method: Annotated[str, typer.Option(help="sparse-vdit or seerattention.")] = "sparse-vdit",
     density: Annotated[float, typer.Option(help="Of the sparse modes.")] = 0.2,
-    order: Annotated[str, typer.Option(help="Token order.")] = "raster",
+    order: Annotated[str | None, typer.Option(help="Token order.")] = None,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
     weight: Annotated[float, typer.Option(help="Of density against error (lambda).")] = 0.5,
     epsilon: Annotated[float, typer.Option(help="Above it a head stays dense.")] = 0.25,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("sparse_vdit.json"),
+    updates: Annotated[int, typer.Option(help="Of a gate at each call.")] = 10,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Search the modes of `sparse-vdit` for a pipeline: one generation, a small JSON file."""
+    """Search the modes of `sparse-vdit`, or distil the gates of `seerattention`: one generation."""
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
+        from .distil import Distillation, distil
         from .generation import prepare_file
 
-        search = ModeSearch(density, order, block_size, weight, epsilon)
+        if method not in ("sparse-vdit", "seerattention"):
+            raise ValueError(f"only sparse-vdit and seerattention are calibrated, got {method!r}")
+        gated = method == "seerattention"
+        search = ModeSearch(density, order or "raster", block_size, weight, epsilon)
+        settings = Distillation(order or "curve", block_size, updates)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4)
+        out = out or Path("seerattention.safetensors" if gated else "sparse_vdit.json")
         prepare_file(out)
     with told(FAILURE, debug):
         run = latent_run(pipe, call, prompts, seed)
+        if gated:
+            distil(pipe, run, settings).save(out)
+            print(f"{out}: {settings.progress()}")
+            return
         table = calibrate(pipe, run, search, len(prompts))
         table.save(out)
     digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)

@@ -22,6 +22,7 @@ from .rettention import Rettention
 from .rtpurbo import RTPurbo
 from .s2 import S2Attention
 from .scatterbrain import Scatterbrain
+from .seerattention import SeerAttention
 from .sol_attn import SolAttn
 from .sparge import SpargeAttn
 from .sparse_vdit import SparseVDiT
@@ -64,5 +65,6 @@ METHODS: dict[str, type[SparseConfig]] = {
     "biformer": BiFormer,
     "misa": MISA,
     "rtpurbo": RTPurbo,
+    "seerattention": SeerAttention,
 }
 AUTO = "adaspa"  # what method="auto" means
