@@ -322,6 +322,7 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
         from dataclasses import fields
 
         from . import available_methods
+        from .patterns.left_out import LEFT_OUT
 
         rows: list[dict[str, Any]] = [
             {
@@ -343,6 +344,9 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
         print(f"    {options}")
         for fact in ("paper", "cost", "memory"):
             print(f"    {fact}: {row[fact]}")
+    print("not here:")
+    for name, reason in LEFT_OUT.items():
+        print(f"    {name}: {reason}")
 
 
 @app.command()

@@ -113,7 +113,8 @@ class Probe:
             features = tuple(x[:, :, video].float() for x in pooled_features(q, k, size))
             gate = self.gates.get(self.layer)
             if gate is None:
-                gate = LayerGate(*query.shape[2:], self.settings, query.device)
+                heads, dim = query.shape[2:]
+                gate = LayerGate(heads, dim, self.settings, query.device)
                 self.gates[self.layer] = gate
             seen = mass[:, :, video][..., video]
             before = gate.learn((features[0], features[1]), seen, self.settings.updates)

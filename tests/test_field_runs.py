@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from test_field import BLOCK, FIELD
 from test_pareto import FIELDS, arguments
 from tiny import tiny_wan
 from tiny_joint import PIPELINES
+from typer.testing import CliRunner
 
-from dit_sparse import enable_sparse_attention
+from dit_sparse import SeerAttention, enable_sparse_attention
+from dit_sparse.cli import app
+from dit_sparse.patterns.left_out import LEFT_OUT
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "samples")]
 
@@ -63,3 +67,52 @@ def test_pareto_records_every_method(tmp_path):
     records = json.loads(out.read_text())["records"]
     assert {record["method"] for record in records} == set(FIELD)
     assert all(FIELDS <= set(record) for record in records)
+
+
+@pytest.mark.parametrize("cache", ["first block", "broadcast"])
+@torch.no_grad()
+def test_caches_of_diffusers_run_beside_sparse_attention(cache):
+    """What DeepCache is in a transformer: whole steps, or attention outputs, are reused."""
+    pipe = tiny_wan()
+    steps = CALL | {"num_inference_steps": 6}
+    _, call = pipeline("Wan")
+    stock = pipe(**call, **steps, generator=torch.Generator().manual_seed(0)).frames
+    config = FirstBlockCacheConfig(threshold=0.5)
+    if cache == "broadcast":
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            spatial_attention_block_identifiers=("blocks",),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    pipe.transformer.enable_cache(config)
+    with enable_sparse_attention(pipe, "svg", density=0.5, block_size=BLOCK) as handle:
+        assert pipe(**call, **steps).frames.isfinite().all()
+        report = handle.report()
+    assert 0 < report.search_calls and len(report.trace) < 6 * 2 * 2
+    assert report.effective_cost < (report.dense_calls + 2 * report.search_calls) / 24
+    pipe.transformer.disable_cache()
+    again = pipe(**call, **steps, generator=torch.Generator().manual_seed(0)).frames
+    assert again.equal(stock)
+
+
+NAMED = """
+MInference MMInference FlexPrefill AnchorAttention SparseD HiP LLSA Double·Sparsity MoA S2-Attention
+Scatterbrain LycheeDecode BiFormer MISA RTPurbo SeerAttention DeepCache A-SDM Sparse·VideoGen·1
+Sparse·VideoGen·2 SpargeAttn Radial Sliding·Tile XAttention Framepack Animate·2
+"""
+
+
+def test_the_page_names_every_method_and_the_reason_of_those_without_a_row():
+    page = (Path(__file__).parents[1] / "docs/field.md").read_text()
+    for name in NAMED.split():
+        assert name.replace("·", " ") in page
+    for name, config in {**FIELD, "seerattention": SeerAttention}.items():
+        file = sys.modules[config.__module__].__file__
+        rows = [line for line in page.splitlines() if f"(`{name}`) |" in line]
+        assert len(rows) == 1 and f"| `{Path(file).name}` |" in rows[0]
+        assert f"| {config().order if config is not SeerAttention else 'curve'} |" in rows[0]
+    text = CliRunner().invoke(app, ["methods"]).stdout
+    for name, reason in LEFT_OUT.items():
+        assert f"**{name}**: {reason}." in " ".join(page.split())
+        assert f"    {name}: {reason}" in text

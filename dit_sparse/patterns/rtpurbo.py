@@ -66,11 +66,11 @@ def principal_mass(search: Search, block_size: int, dimensions: int) -> Scores:
     left, sizes, right = torch.linalg.svd(root_q @ root_k)
     project_q = inverse_q @ (left * sizes.unsqueeze(-2))[..., :dimensions]
     project_k = inverse_k @ right.mT[..., :dimensions]
-    reduced = (
+    few_q, few_k = (
         (x @ y).transpose(1, 2).to(search.query.dtype)
         for x, y in ((query, project_q), (key, project_k))
     )
-    scores = mass_of_rows(search, *reduced, block_size, block_size)
+    scores = mass_of_rows(search, few_q, few_k, block_size, block_size)
     return scores, dim / tokens + dimensions / tokens + dimensions / dim
 
 
