@@ -92,10 +92,11 @@ REFUSED = {  # transformers that look as if they were supported, and why they ar
 def families() -> tuple[Family, ...]:
     from .cogvideox import COGVIDEOX
     from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+    from .ltx_video import LTX_VIDEO
     from .wan import WAN
     from .wan_animate import WAN_ANIMATE
 
-    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX
+    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX, LTX_VIDEO
 
 
 def family_of(transformer: nn.Module) -> Family | None:
