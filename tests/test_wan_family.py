@@ -200,8 +200,18 @@ def test_animate_2_is_refused_with_its_reason():
         enable_sparse_attention(refused)
 
 
+@torch.no_grad()
+def test_diffusion_forcing_is_refused_with_its_reason():
+    pipe, _ = PIPELINES["SkyReels-V2"][0]()
+    given = torch.randn(1, 4, 3, 10, 14), torch.full((1, 3), 500), text()["prompt_embeds"]
+    enable_sparse_attention(pipe.transformer, num_steps=2)
+    with pytest.raises(ValueError, match="one noise level for all frames.*SkyReelsV2Pipeline"):
+        pipe.transformer(*given, enable_diffusion_forcing=True)
+
+
 def test_every_pipeline_named_is_in_diffusers_and_tested_here():
-    named = {*supported_pipelines()["Wan"], *supported_pipelines()["Wan Animate"]}
+    families = ("Wan", "Wan Animate", "SkyReels-V2")
+    named = {pipeline for family in families for pipeline in supported_pipelines()[family]}
     assert all(hasattr(diffusers, pipeline) for pipeline in named)
     assert {type(made(name)[0]).__name__ for name in PIPELINES} == named
 

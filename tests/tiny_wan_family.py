@@ -9,6 +9,9 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     LucyEditPipeline,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
@@ -113,6 +116,16 @@ def image_to_video(last=False, channels=12, clip=False, **config):
     return pipe, call | ({"last_image": first_and_last[1]} if last else {})
 
 
+def skyreels(image=False):
+    """Without `image_dim`, its text-to-video has no place for CLIP embeddings."""
+    if not image:
+        return build(SkyReelsV2Pipeline, SkyReelsV2Transformer3DModel), {"num_frames": FRAMES}
+    sizes = {"in_channels": 12} | CLIP
+    parts = {"image_processor": None, "image_encoder": None}
+    pipe = build(SkyReelsV2ImageToVideoPipeline, SkyReelsV2Transformer3DModel, sizes, **parts)
+    return pipe, {"image": images(1)[0], "num_frames": FRAMES} | text(length=512)
+
+
 def video_to_video():
     call = {"video": images(), "strength": 0.8, "num_inference_steps": 5}  # the last 4 of 5
     return build(WanVideoToVideoPipeline), call
@@ -167,6 +180,8 @@ PIPELINES = {  # name: how to make it, leading frames that are given
     "Animate, segments": (partial(animate, segments=2), 2),
     "Animate, replace": (animate_replace, 1),
     "Lucy": (lucy_edit, 0),
+    "SkyReels-V2": (skyreels, 0),
+    "SkyReels-V2 I2V": (partial(skyreels, image=True), 1),
 }
 
 
