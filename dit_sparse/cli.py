@@ -225,12 +225,16 @@ def calibrate_modes(
     width: Width = None,
     frames: Frames = None,
     method: Annotated[str, typer.Option(help="sparse-vdit or seerattention.")] = "sparse-vdit",
-    density: Annotated[float, typer.Option(help="Of the sparse modes.")] = 0.2,
+    density: Annotated[float | None, typer.Option(help="Of the sparse modes, 0.2.")] = None,
     order: Annotated[str | None, typer.Option(help="Token order.")] = None,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
-    weight: Annotated[float, typer.Option(help="Of density against error (lambda).")] = 0.5,
-    epsilon: Annotated[float, typer.Option(help="Above it a head stays dense.")] = 0.25,
-    updates: Annotated[int, typer.Option(help="Of a gate at each call.")] = 10,
+    weight: Annotated[
+        float | None, typer.Option(help="Of density against error (lambda), 0.5.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Above it a head stays dense, 0.25.")
+    ] = None,
+    updates: Annotated[int | None, typer.Option(help="Of a gate at each call, 10.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -245,8 +249,13 @@ def calibrate_modes(
         if method not in ("sparse-vdit", "seerattention"):
             raise ValueError(f"only sparse-vdit and seerattention are calibrated, got {method!r}")
         gated = method == "seerattention"
-        search = ModeSearch(density, order or "raster", block_size, weight, epsilon)
-        settings = Distillation(order or "curve", block_size, updates)
+        of_modes = {"density": density, "weight": weight, "epsilon": epsilon}
+        for name, value in (of_modes if gated else {"updates": updates}).items():
+            if value is not None:
+                raise ValueError(f"--{name} says nothing to {method}")
+        chosen = {k: v for k, v in (of_modes | {"order": order}).items() if v is not None}
+        search = ModeSearch(block_size=block_size, **chosen)
+        settings = Distillation(order or "curve", block_size, 10 if updates is None else updates)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4)

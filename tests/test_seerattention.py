@@ -110,5 +110,5 @@ def test_the_command_line_distils(tmp_path):
     result = CliRunner().invoke(app, ["calibrate", *base, "-o", str(out), "--updates", "1"])
     assert result.exit_code == 0 and "divergence from the block mass" in result.stdout
     assert load_gates(str(out)).order == "curve"
-    result = CliRunner().invoke(app, ["calibrate", "--method", "adaspa"])
-    assert result.exit_code != 0
+    for wrong in ("--method adaspa", "--method seerattention --epsilon 0.3", "--updates 3"):
+        assert CliRunner().invoke(app, ["calibrate", *wrong.split()]).exit_code != 0

@@ -1,8 +1,9 @@
 """AnchorAttention: keys that come near the best of those that always matter (arXiv 2505.23520).
 
-From the paper: an anchor, the largest logit of each row among the first keys and its window, is
-averaged over a block of queries; a key is kept for a group of `step` query blocks if the product of
-one of their means with it comes within theta of that block's anchor; single keys are gathered.
+From summaries of the paper and its code: an anchor, the largest logit of each row among the first
+keys and its window, is averaged over a block of queries; a key is kept for a group of `step` query
+blocks if the product of one of their means with it comes within theta of that block's anchor;
+single keys are gathered.
 Departures, and where the paper is silent:
 
 - Single keys are rounded up to blocks, and counted as such: a block is kept if one of its keys is.

@@ -1,7 +1,8 @@
 """Double Sparsity: a few channels of a head rank the keys (arXiv 2408.07092).
 
-From the paper's code: channels are ranked offline, for each head, by the mean of |q k| after RoPE;
-a sixteenth to a quarter of them score all keys, and exact attention runs over the best tokens.
+From a summary of the paper's code: channels are ranked offline, for each head, by the mean of |q k|
+after RoPE; a sixteenth to a quarter of them score all keys, and exact attention runs over the best
+tokens.
 Departures, and where the paper is silent:
 
 - It is for decoding, where memory bounds the time; here it is a cheap search for blocks.

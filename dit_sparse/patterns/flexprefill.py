@@ -1,9 +1,10 @@
 """FlexPrefill: block means where they can be trusted, else columns and diagonals (2502.20766).
 
-From the paper: the exact attention of a representative query block, summed into key blocks, is
-compared with its estimate from block means by the root of the Jensen-Shannon divergence. Below tau
-(0.1) a head keeps the fewest blocks of its whole estimated map that hold `share` of it; else the
-fewest columns and the fewest diagonals that hold `share` of the representative's mass.
+From summaries of the paper and its code: the exact attention of a representative query block,
+summed into key blocks, is compared with its estimate from block means by the root of the
+Jensen-Shannon divergence. Below tau (0.1) a head keeps the fewest blocks of its whole estimated map
+that hold `share` of it; else the fewest columns and the fewest diagonals that hold `share` of the
+representative's mass.
 Departures, and where the paper is silent:
 
 - Nothing is causal here: some representative blocks are spread over the video, and the largest of
@@ -67,23 +68,19 @@ class FlexPrefill(SparseConfig):
         blocks = (places // self.block_size).unique()
         exact, cost = mass_of_blocks(search, self.block_size, blocks)
         trusted = divergence(exact, pooled[:, :, blocks]).amax(-1).sqrt() < self.tau
-        fewest = most_kept(self.density, pooled)
-        whole_map = top_p_rows(
-            pooled.flatten(2).unsqueeze(2),
-            self.share,
-            forced.flatten()[None],
-            cap=fewest * len(forced),
-        ).view_as(pooled) | best(pooled, 1)  # no row without keys
-        none = forced.new_zeros(1, 1)
-        columns = top_p_rows(
-            column_means(exact).unsqueeze(2), self.share, none, cap=-(-fewest // 2)
-        ).squeeze(2)
-        diagonals = top_p_rows(
-            diagonal_means(exact, blocks).unsqueeze(2), self.share, none, cap=max(1, fewest // 2)
-        ).squeeze(2)
-        slashes = columns_and_diagonals(columns, diagonals)
-        mask = torch.where(trusted[..., None, None], whole_map, slashes)
+        most = most_kept(self.density, pooled)
+        whole_map = self.fewest(pooled.flatten(2), forced.flatten(), most * len(forced))
+        slashes = columns_and_diagonals(
+            self.fewest(column_means(exact), forced.new_zeros(1), -(-most // 2)),
+            self.fewest(diagonal_means(exact, blocks), forced.new_zeros(1), max(1, most // 2)),
+        )
+        of_map = whole_map.view_as(pooled) | best(pooled, 1)  # no row without keys
+        mask = torch.where(trusted[..., None, None], of_map, slashes)
         return Found(mask | forced, None, cost + ranking)
+
+    def fewest(self, scores: Tensor, forced: Tensor, most: int) -> Tensor:
+        """The fewest along the last axis of (B, H, n) that hold the share, at most so many."""
+        return top_p_rows(scores.unsqueeze(2), self.share, forced[None], cap=most).squeeze(2)
 
 
 def mass_of_blocks(search: Search, block_size: int, blocks: Tensor) -> tuple[Tensor, float]:

@@ -1,9 +1,9 @@
 """LLSA: block means from coarse to fine, and means of what is left out (arXiv 2512.16615).
 
-From the paper: queries, keys and values are mean-pooled again and again; at the coarsest level each
-query keeps its best K chunks, at the next only their parts are ranked, down to blocks; attention is
-over these and over the means of the coarser levels, each with the weight of its tokens. The model
-is trained with it.
+From summaries of the paper: queries, keys and values are mean-pooled again and again; at the
+coarsest level each query keeps its best K chunks, at the next only their parts are ranked, down to
+blocks; attention is over these and over the means of the coarser levels, each with the weight of
+its tokens. The model is trained with it.
 Departures, and where the paper is silent:
 
 - Nothing is trained.

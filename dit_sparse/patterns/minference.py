@@ -1,9 +1,9 @@
 """MInference and MMInference: each head takes a pattern, filled in by what a few rows see.
 
-MInference (arXiv 2407.02490), from its code: a head is of one of three patterns: A-shape (the first
-keys and the nearest), vertical-slash (columns and diagonals of most mass, seen by the last 64
-queries), or block-sparse (the best products of block means in each row). Which one is searched
-offline, by the mass or the output that it keeps.
+MInference (arXiv 2407.02490), from a summary of its code: a head is of one of three patterns:
+A-shape (the first keys and the nearest), vertical-slash (columns and diagonals of most mass, seen
+by the last 64 queries), or block-sparse (the best products of block means in each row). Which one
+is searched offline, by the mass or the output that it keeps.
 MMInference (arXiv 2504.16083), from a summary: adds the grid, tokens at the same place of all
 frames, whose stride it estimates, and treats the parts of different modalities each by itself.
 Departures, and where they are silent:

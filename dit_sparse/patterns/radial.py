@@ -1,11 +1,10 @@
 """Radial attention: the share of a frame that is kept halves as its distance doubles (2506.19852).
 
-From the paper: between frames at distance d, a token keeps the keys at most a width away from its
-own place in raster order; the width halves each time d doubles; where it would be less than a
-block, the diagonal stays one block wide and only every second, fourth ... frame is kept instead;
-own and next frames are whole, and so is the first frame of the video. The mask is static. The width
-and the factor `decay` before it follow the authors' code: decay 2^(bits of a frame's tokens - bits
-of d).
+From the authors' code: between frames at distance d, a token keeps the keys at most a width away
+from its own place in raster order; the width halves each time d doubles; where it would be less
+than a block, the diagonal stays one block wide and only every second, fourth ... frame is kept
+instead; own and next frames are whole, and so is the first frame of the video. The mask is static.
+The width is decay 2^(bits of a frame's tokens - bits of d).
 A re-implementation of the mask on our kernels. Departures, and where the paper is silent:
 
 - A block is kept as its middle token is, where the authors ask for the density of its columns.

@@ -38,7 +38,9 @@ class Scatterbrain(SparseConfig):
     rounds: int = 4
 
     paper: ClassVar[str] = "Scatterbrain, arXiv 2110.15343 (from a summary)"
-    cost: ClassVar[str] = "density + 1 / block size (the tail); a search + rounds bits / S"
+    cost: ClassVar[str] = (
+        "density + 1 / block size (the tail); a search + rounds (bits / S + 2^bits N^2 / (2 S^2 D))"
+    )
     tail: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -1,9 +1,9 @@
 """SeerAttention: a small gate for each layer and head picks the blocks (arXiv 2410.13276).
 
-From the paper: queries are mean-pooled over blocks, keys pooled by mean, maximum and minimum; a
-linear map of each, and the softmax of their product, estimates the mass of blocks; only these maps
-are trained, by the divergence from the true block mass of the frozen model; each row keeps its best
-blocks.
+From a summary of the paper: queries are mean-pooled over blocks, keys pooled by mean, maximum and
+minimum; a linear map of each, and the softmax of their product, estimates the mass of blocks; only
+these maps are trained, by the divergence from the true block mass of the frozen model; each row
+keeps its best blocks.
 Departures, and where the paper is silent:
 
 - The gate is distilled by `dit-sparse calibrate --method seerattention` while a pipeline generates

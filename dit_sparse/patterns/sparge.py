@@ -1,11 +1,11 @@
 """SpargeAttn's selection: block means decide where a block is alike in itself (2502.18137).
 
-From the paper: a block of queries or keys is self-similar if the mean cosine of its pairs exceeds a
-threshold; the softmax of the products of block means runs over self-similar keys, and each row
-keeps the fewest blocks that hold `share` of it; a block that is not self-similar is always
-computed, as key and as query. As in the authors' code the mean of all (here: video) keys is taken
-off before. Their defaults are 0.6 and 0.98; their scripts for CogVideoX and LTX-Video tune the
-share and set the similarity to -0.1, which no block fails.
+From a summary of the paper and the authors' code: a block of queries or keys is self-similar if the
+mean cosine of its pairs exceeds a threshold; the softmax of the products of block means runs over
+self-similar keys, and each row keeps the fewest blocks that hold `share` of it; a block that is not
+self-similar is always computed, as key and as query. As in the authors' code the mean of all (here:
+video) keys is taken off before. Their defaults are 0.6 and 0.98; their scripts for CogVideoX and
+LTX-Video tune the share and set the similarity to -0.1, which no block fails.
 A re-implementation of the selection on our kernels. Departures, and where the paper is silent:
 
 - `density` is the most that the rule picks in a row; blocks that are not self-similar come on top.
@@ -47,9 +47,7 @@ class SpargeAttn(SparseConfig):
 
     paper: ClassVar[str] = "SpargeAttn, arXiv 2502.18137 (re-implemented)"
     cost: ClassVar[str] = "density, and blocks that are not alike; a search + N^2 / (2 S^2)"
-    published: ClassVar[dict[str, dict]] = {
-        model: {"density": 0.99, "own_block": False} for model in ("CogVideoX", "LTX-Video")
-    }
+    published: ClassVar[dict[str, dict]] = {"any model": {"density": 0.99, "own_block": False}}
     swept: ClassVar[tuple[dict, ...]] = (
         {"share": 0.98},
         {"share": 0.9, "similarity": -0.1},

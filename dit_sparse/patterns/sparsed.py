@@ -1,8 +1,8 @@
 """SparseD: one search after the first dense steps, for ever, in each part by itself (2509.24014).
 
-From the paper and its code, for diffusion language models: 20% of the steps are dense, then the
-exact map is summed into blocks once, each row keeps its best 30% among the keys of the prompt and,
-apart from that, among those that are generated, and the mask serves all later steps.
+From summaries of the paper and its code, for diffusion language models: 20% of the steps are dense,
+then the exact map is summed into blocks once, each row keeps its best 30% among the keys of the
+prompt and, apart from that, among those that are generated, and the mask serves all later steps.
 Departures, and where the paper is silent:
 
 - Parts are text, frames that are given, and frames that are generated. Text and given frames are

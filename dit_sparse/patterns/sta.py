@@ -1,8 +1,8 @@
 """Sliding tile attention: each tile reads the tiles in a 3-D window around it (2502.04507).
 
-From the paper: tokens go in 3-D tiles, a tile is a block, and each query tile reads the key tiles
-in a box around it that is moved inwards at the borders, so that all tiles read equally many; each
-head has a window of its own, from an offline search; 15 of 50 steps are dense.
+From a summary of the paper: tokens go in 3-D tiles, a tile is a block, and each query tile reads
+the key tiles in a box around it that is moved inwards at the borders, so that all tiles read
+equally many; each head has a window of its own, from an offline search; 15 of 50 steps are dense.
 A re-implementation of the selection on our kernels. Departures, and where the paper is silent:
 
 - Tiles are our blocks, 4 x 4 x 4 tokens at 64, where the paper's have 6 x 8 x 8.

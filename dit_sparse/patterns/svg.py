@@ -1,9 +1,10 @@
 """Sparse VideoGen 1: heads of space and heads of time, told apart on sampled rows (2502.01776).
 
-From the paper: a spatial head attends to its own and near frames, a temporal head to the same place
-in all frames; both masks have the same density. At every step 64 query rows are computed densely
-and under both masks, and each head takes the mask of the smaller squared error (Alg. 1). Dense
-first steps and first layers, and on Wan the first frame for all rows, follow the authors' code.
+From Alg. 1 and the authors' code: a spatial head attends to its own and near frames, a temporal
+head to the same place in all frames; both masks have the same density. At every step 64 query rows
+are computed densely and under both masks, and each head takes the mask of the smaller squared error
+(Alg. 1). Dense first steps and first layers, and on Wan the first frame for all rows, follow the
+authors' code.
 A re-implementation of the selection on our kernels. Departures, and where the paper is silent:
 
 - The temporal mask is a band after a transposition of frames and places; here it is rounded up to

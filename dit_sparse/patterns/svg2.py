@@ -1,8 +1,9 @@
 """Sparse VideoGen 2: clusters of queries and of keys, and the mass between them (2505.18875).
 
-From the paper: k-means of the queries and of the keys of each head; the softmax of the products of
-centroids, weighed by the size of the key cluster, estimates the mass between two clusters; each
-query cluster keeps the fewest key clusters that hold `share` of it, and a tenth of them at least.
+From a summary of the paper and the authors' scripts: k-means of the queries and of the keys of each
+head; the softmax of the products of centroids, weighed by the size of the key cluster, estimates
+the mass between two clusters; each query cluster keeps the fewest key clusters that hold `share` of
+it, and a tenth of them at least.
 A re-implementation of the scores on our kernels. Departures, and where the paper is silent:
 
 - The paper puts the tokens of a cluster side by side, in an order for each head, for queries and

@@ -1,8 +1,9 @@
 """XAttention: sums of q.k along antidiagonals pick the blocks (arXiv 2503.16428).
 
-From the paper: the logits of a block are summed along the antidiagonals of stride x stride squares,
-the softmax of these sums over a row is summed into blocks, and each row keeps the fewest blocks
-that hold `share` of it; on HunyuanVideo stride 8, threshold 0.9, and 5 dense steps of 50.
+From a summary of the paper and the authors' README: the logits of a block are summed along the
+antidiagonals of stride x stride squares, the softmax of these sums over a row is summed into
+blocks, and each row keeps the fewest blocks that hold `share` of it; on HunyuanVideo stride 8,
+threshold 0.9, and 5 dense steps of 50.
 A re-implementation of the selection on our kernels. Departures, and where the paper is silent:
 
 - `density` is the most that a row keeps; the rule alone has no bound.
