@@ -253,7 +253,8 @@ def calibrate_modes(
         for name, value in (of_modes if gated else {"updates": updates}).items():
             if value is not None:
                 raise ValueError(f"--{name} says nothing to {method}")
-        chosen = {k: v for k, v in (of_modes | {"order": order}).items() if v is not None}
+        of_both: dict[str, Any] = of_modes | {"order": order}
+        chosen = {name: value for name, value in of_both.items() if value is not None}
         search = ModeSearch(block_size=block_size, **chosen)
         settings = Distillation(order or "curve", block_size, 10 if updates is None else updates)
         given = read_prompts(prompt, prompt_file)

@@ -57,7 +57,7 @@ class LTXVideoSparseAttnProcessor:
 
 def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
     """Sizes come as arguments, in tokens. One host sync for image-to-video, none for text."""
-    sizes = tuple(given.get(name) for name in ("num_frames", "height", "width"))
+    sizes: list[Any] = [given.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes or given.get("video_coords") is not None:
         raise ValueError(
             "sparse attention for LTX-Video needs one grid of tokens, and this call places them by"
