@@ -47,7 +47,7 @@ class AnchorAttention(SparseConfig):
     paper: ClassVar[str] = "AnchorAttention, arXiv 2505.23520"
     cost: ClassVar[str] = "density at most; a search + 1 / (2 block size) + block size / S"
     swept: ClassVar[tuple[dict, ...]] = tuple(
-        {"theta": theta, "step": 4} for theta in (0.5, 1.0, 2.0, 4.0)
+        {"theta": theta, "step": 4} for theta in (1.0, 2.0, 4.0, 8.0)
     )
 
     def __post_init__(self):
