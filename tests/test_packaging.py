@@ -1,4 +1,4 @@
-"""Source archive and wheel: complete, and at work outside of the checkout, in a clean environment."""
+"""Source archive and wheel: complete, and at work elsewhere, in a clean environment too."""
 
 import json
 import shutil

@@ -6,6 +6,7 @@ from .adaspa_sampled import AdaSpaSampled
 from .auto import Auto
 from .dfsattn import DFSAttn
 from .draftattention import DraftAttention
+from .from_file import SUFFIX, method_in_file
 from .random import RandomBlocks
 from .rettention import Rettention
 from .sol_attn import SolAttn
@@ -25,3 +26,10 @@ METHODS: dict[str, type[SparseConfig]] = {
     "window": Window,
 }
 AUTO = "adaspa"  # what method="auto" means
+
+
+def method_class(name: str) -> type[SparseConfig] | None:
+    """The class that a name or the file of an own rule stands for; None where it is not known."""
+    if name.endswith(SUFFIX):
+        return method_in_file(name)
+    return METHODS.get(AUTO if name == "auto" else name)
