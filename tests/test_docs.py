@@ -48,6 +48,12 @@ def test_the_race_names_every_method_that_needs_no_table():
     assert set(methods) - {"own_rule.py"} == set(available_methods()) - {"sparse-vdit"}
 
 
+def test_the_page_on_patterns_shows_the_samples():
+    page = (ROOT / "docs" / "adding_a_pattern.md").read_text()
+    for sample in ("own_rule.py", "race.toml"):
+        assert f"\n{(ROOT / 'samples' / sample).read_text()}```\n" in page
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="pip install 'dit-sparse[docs]'")

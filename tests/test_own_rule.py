@@ -8,8 +8,10 @@ import torch
 from test_cli import SMALL, invoke, refused
 from tiny import tiny_folder
 
-from dit_sparse import VideoGrid, enable_sparse_attention
+from dit_sparse import VideoGrid, available_methods, enable_sparse_attention
 from dit_sparse.api import make_config
+from dit_sparse.grid import token_order
+from dit_sparse.loading import BOXES, load_pipeline
 from dit_sparse.patterns.search import Search
 
 RULE = Path(__file__).parents[1] / "samples" / "own_rule.py"
@@ -24,8 +26,6 @@ def test_the_sample_keeps_the_best_blocks_of_every_row():
     mask = rule.find(Search(query, key, None, grid, 0)).mask[0]
     means = [x[0].unflatten(0, (8, 32)).mean(1).transpose(0, 1) for x in (query, key)]
     place = torch.cartesian_prod(torch.arange(4), torch.arange(8), torch.arange(8)).float()
-    from dit_sparse.grid import token_order
-
     centres = place[token_order(grid, "curve", 32)[0]].unflatten(0, (8, 32)).mean(1)
     for head in range(2):
         chances = (means[0][head] @ means[1][head].T / 4).softmax(-1)
@@ -75,8 +75,37 @@ def test_an_edited_rule_is_read_again(tmp_path):
 
 
 def test_python_takes_the_file_too(tmp_path):
-    from dit_sparse.loading import load_pipeline
-
     pipe = load_pipeline(tiny_folder(), "cpu", torch.float32)
     with enable_sparse_attention(pipe, str(RULE), density=0.5) as handle:
         assert handle.config.density == 0.5 and handle.method == str(RULE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_minutes_of_a_researcher(tmp_path, monkeypatch):
+    """docs/adding_a_pattern.md on the boxed pipelines, at half of their width and height."""
+    monkeypatch.chdir(RULE.parent)
+    names = [f"race-{box}" for box in BOXES]
+    for box, name in zip(BOXES, names):
+        small = f"--pipeline {box} --steps 3 --height 64 --width 64 --quiet".split()
+        result = invoke("compare", "--config", "race.toml", *small, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert "own_rule.py" in result.stdout and "window" in result.stdout
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert len(report["runs"]) == len(available_methods())  # the rule for sparse-vdit
+        assert all(run["psnr"] is not None or run["identical"] for run in report["runs"])
+    folders = [tmp_path / name for name in names]
+    result = invoke("report", *folders, "--out", tmp_path / "race.html", "--json")
+    assert Path(json.loads(result.stdout)["page"]).is_file()
+
+
+@pytest.mark.slow
+def test_the_rule_is_tuned_like_the_others_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'dit-sparse[docs]'")
+    from test_pareto import arguments, pareto
+
+    figure = ["--figure", str(tmp_path / "pareto.png")]
+    pareto.main(arguments(tmp_path / "pareto.json", str(RULE), "window") + figure)
+    records = json.loads((tmp_path / "pareto.json").read_text())["records"]
+    assert {record["method"] for record in records} == {str(RULE), "window"}
+    assert (tmp_path / "pareto.png").is_file()
