@@ -89,11 +89,8 @@ def commands_page() -> str:
 def costs_table() -> str:
     """Effective cost of a run of 50 steps, by method, density and schedule."""
     schedules = (0.2, 0.6), (0.1, 0.5), (0.0, 0.5)
-    lines = [
-        "| method | density | "
-        + " | ".join(f"searches at {first:g} and {second:g}" for first, second in schedules)
-        + " |"
-    ]
+    heads = (f"searches at {first:g} and {second:g}" for first, second in schedules)
+    lines = [f"| method | density | {' | '.join(heads)} |"]
     lines.append("|---" * (2 + len(schedules)) + "|")
     for name, config in (("adaspa", AdaSpa), ("adaspa-sampled", AdaSpaSampled)):
         for density in (0.1, 0.2, 0.3):

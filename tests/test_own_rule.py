@@ -83,11 +83,11 @@ def test_python_takes_the_file_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_minutes_of_a_researcher(tmp_path, monkeypatch):
-    """docs/adding_a_pattern.md on the boxed pipelines, at half of their width and height."""
+    """docs/adding_a_pattern.md on the boxed pipelines, two steps of small clips."""
     monkeypatch.chdir(RULE.parent)
     names = [f"race-{box}" for box in BOXES]
     for box, name in zip(BOXES, names):
-        small = f"--pipeline {box} --steps 3 --height 64 --width 64 --quiet".split()
+        small = f"--pipeline {box} --steps 2 --frames 17 --height 64 --width 64 --quiet".split()
         result = invoke("compare", "--config", "race.toml", *small, "--out", tmp_path / name)
         assert result.exit_code == 0, result.output
         assert "own_rule.py" in result.stdout and "window" in result.stdout
