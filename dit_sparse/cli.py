@@ -472,7 +472,7 @@ def latent_run(
 
     def run() -> None:
         generator = torch.Generator("cpu").manual_seed(seed)
-        with Steps(1, quiet).clip("dense", call.get("num_inference_steps")) as tick:
+        with Steps(1, quiet).bar("looking at attention", call.get("num_inference_steps")) as tick:
             extra = ticking(pipe, tick)
             pipe(prompts, generator=generator, output_type="latent", **call, **extra)
 

@@ -46,7 +46,7 @@ def test_source_archive_has_what_tests_and_documentation_need(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     files = [file for part in ("docs", "tests", "benchmarks") for file in (ROOT / part).glob("*.*")]
-    for file in [*files, ROOT / "CHANGELOG.md", ROOT / "samples" / "TRAINING.md"]:
+    for file in [*files, *(ROOT / name for name in ("CHANGELOG.md", "mkdocs.yml", "Makefile"))]:
         assert file.relative_to(ROOT).as_posix() in names
 
 
