@@ -462,7 +462,7 @@ def open_run(
 
 
 def latent_run(
-    pipe: Any, call: dict[str, Any], prompts: list[str], seed: int, quiet: bool
+    pipe: Any, call: dict[str, Any], prompts: list[str], seed: int, quiet: bool = False
 ) -> Callable[[], None]:
     """Generates one batch, up to its latents."""
     import torch

@@ -43,7 +43,7 @@ class Steps:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            speed_estimate_period=3600,  # seconds; steps of a large model take longer than rich's 30
+            speed_estimate_period=3600,  # steps of a large model take longer than rich's 30 s
             disable=not self.console.is_terminal,
         ) as progress:
             task = progress.add_task(escape(label), total=total)
