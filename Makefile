@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A GPU machine takes torch's newest CUDA build, any other a tested version.
 TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 
-.PHONY: demo test test-all test-matrix lint clean
+.PHONY: demo test test-all test-matrix lint docs clean
 
 # PIPELINE=hunyuan_video_tiny or cogvideox_tiny: another of the small ones.
 demo: .venv/installed
@@ -29,8 +29,12 @@ lint: .venv/installed-dev
 	$(PIP) install --quiet --no-deps --target .venv/tree .
 	cd .venv/tree && ../bin/mypy --config-file ../../pyproject.toml -p dit_sparse
 
+# The documentation, into site/; a broken link or an option that no docstring explains is an error.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:
-	rm -rf .venv .venv-matrix build demo *.egg-info
+	rm -rf site .venv .venv-matrix build demo *.egg-info
 
 .venv/torch: constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -49,3 +53,7 @@ clean:
 .venv/installed-dev: .venv/torch pyproject.toml
 	$(PIP) install --editable ".[dev]"
 	touch $@ .venv/installed .venv/installed-test
+
+.venv/installed-docs: .venv/torch pyproject.toml
+	$(PIP) install --editable ".[docs]"
+	touch $@ .venv/installed

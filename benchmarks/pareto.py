@@ -33,6 +33,7 @@ from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
 from dit_sparse.distil import Distillation, distil  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
+from dit_sparse.patterns import method_class  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
@@ -279,7 +280,7 @@ def chosen(tuned, budgets):
 
 def run_method(runner, method, budgets, grid):
     """All records of a method on one pipeline."""
-    cls = available_methods()[method]
+    cls = method_class(method)
     tuned = [runner.tune(config) for config in settings(runner, method, cls, grid)]
     records = []
     for of_budgets, setting in chosen(tuned, budgets):
@@ -406,7 +407,7 @@ def parse(arguments=None):
     add("--out", type=Path, required=True)
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
-    add("--method", action="append", help="repeatable; default: all")
+    add("--method", action="append", help="name or file of a rule; repeatable; default: all")
     add("--prompts", type=int, default=20)
     add("--seeds", type=int, default=2)
     add("--tuning-prompts", type=int, default=10)

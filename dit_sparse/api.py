@@ -15,7 +15,7 @@ from .attention import refuse_missing
 from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
-from .patterns import AUTO, METHODS
+from .patterns import AUTO, METHODS, method_class
 from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
@@ -46,7 +46,8 @@ def enable_sparse_attention(
 
     Args:
         pipe: a diffusers pipeline (`supported_pipelines()`), or one of its transformers.
-        method: a name out of `available_methods()`, or a config such as `AdaSpa(density=0.3)`.
+        method: a name out of `available_methods()`, a config such as `AdaSpa(density=0.3)`, or a
+            Python file with a rule of your own, such as "my_rule.py".
         measure: also measure the kept softmax mass at every sparse step (a few percent slower).
         num_steps: denoising steps in all; only needed for a bare transformer.
         keep_padding: keep the padded text of HunyuanVideo, masked as in the stock pipeline. It is
@@ -289,11 +290,10 @@ def make_config(method: str | SparseConfig, options: dict) -> tuple[SparseConfig
     """The config that a method and its options give, and the method's name."""
     if isinstance(method, SparseConfig):
         cls = type(method)
-        name = next((name for name, known in METHODS.items() if known is cls), cls.__name__)
+        name = next((name for name, other in METHODS.items() if other is cls), cls.__name__)
         values = {**method.to_dict(), **options}
-    elif method == "auto" or method in METHODS:
-        name, values = method, options
-        cls = METHODS[AUTO if name == "auto" else name]
+    elif (known := method_class(str(method))) is not None:
+        cls, name, values = known, method, options
     else:
         raise ValueError(f"unknown method {method!r}{_nearest(method, ['auto', *METHODS])}")
     for option in options:

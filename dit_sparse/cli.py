@@ -6,6 +6,7 @@ torch and diffusers are imported inside the commands, so that `--help` answers a
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .config_file import use_config
 from .failure import FAILURE, USAGE, told
 
 if TYPE_CHECKING:
@@ -26,12 +28,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Training-free sparse attention for video diffusion transformers in diffusers.",
+    epilog="Exit codes: 0 done, 1 failed while it ran, 2 refused before it ran, 130 interrupted.",
 )
 
 Pipeline = Annotated[
     str | None,
     typer.Option(
-        "--pipeline", "-p", help="Folder or hub id. [default: the small one that comes along]"
+        "--pipeline", "-p", help="Folder or hub id; without it the small one that comes along."
     ),
 ]
 Methods = Annotated[
@@ -39,23 +42,33 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="NAME or NAME:OPTION=VALUE,... such as adaspa:density=0.1. Repeatable.",
+        help="NAME or NAME:OPTION=VALUE,... such as adaspa:density=0.1. Repeatable. "
+        "A NAME that ends in .py is a file with a rule of your own.",
     ),
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.")]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. [default: 0]")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; without it 0.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Frames = Annotated[int | None, typer.Option(help="The pipeline's num_frames.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
-Dtype = Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")]
+Device = Annotated[str | None, typer.Option(help="Without it cuda where there is one, else cpu.")]
+Dtype = Annotated[str | None, typer.Option(help="Without it bfloat16 on a GPU, float32 on a CPU.")]
 LpipsWeights = Annotated[
     Path | None, typer.Option(help="TORCH_HOME folder that holds torchvision's weights.")
 ]
 LpipsNet = Annotated[str, typer.Option(help="alex or vgg.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file with any of these options: steps = 10. Flags win.",
+        callback=use_config,
+        is_eager=True,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -76,6 +89,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("comparison"),
     device: Device = None,
     dtype: Dtype = None,
+    config: Config = None,
     lpips_weights: LpipsWeights = None,
     lpips_net: LpipsNet = "alex",
     measure: Annotated[bool, typer.Option(help="Measure the kept mass.")] = True,
@@ -96,9 +110,8 @@ def compare(
         specs, seeds = parse_methods(method), seed or [0]
         refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
-        pipe, arguments = open_pipeline(
-            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
-        )
+        changes = call_changes(steps, guidance, height, width, frames)
+        pipe, arguments = open_pipeline(pipeline, device, dtype, changes, quiet)
         comparison = Comparison(
             pipe=pipe,
             source=pipeline or "samples/wan_tiny (boxed)",
@@ -126,8 +139,9 @@ def rebuild_report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `compare` wrote.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The page. [default: report.html, in a lone FOLDER]"),
+        typer.Option("--out", "-o", help="The page; without it report.html, in a lone FOLDER."),
     ] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """One page, report.html, from one or several finished comparisons."""
@@ -137,7 +151,8 @@ def rebuild_report(
 
         out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
         prepare_folder(out.parent)
-        print(f"page: {write_page(folders, out)}")
+        page = write_page(folders, out)
+    print(json.dumps({"page": str(page)}) if as_json else f"page: {page}")
 
 
 @app.command("compare-videos")
@@ -148,6 +163,7 @@ def compare_finished_videos(
     lpips_weights: LpipsWeights = None,
     lpips_net: LpipsNet = "alex",
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Videos against a reference: the same metrics and page, whatever made them."""
@@ -157,7 +173,7 @@ def compare_finished_videos(
         from .metrics import Lpips
 
         lpips = Lpips(lpips_weights, lpips_net)
-        report = compare_videos(reference, videos, prepare_folder(out), lpips)
+        report = compare_videos(reference, videos, prepare_folder(out), lpips, quiet)
     if as_json:
         print(json.dumps(report))
         return
@@ -179,6 +195,7 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("videos"),
     device: Device = None,
     dtype: Dtype = None,
+    config: Config = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -192,9 +209,8 @@ def generate(
         specs, seeds = parse_methods(method, allow_dense=True), seed or [0]
         refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
-        pipe, arguments = open_pipeline(
-            pipeline, device, dtype, call_changes(steps, guidance, height, width, frames)
-        )
+        changes = call_changes(steps, guidance, height, width, frames)
+        pipe, arguments = open_pipeline(pipeline, device, dtype, changes, quiet)
         prompts = some_prompts(given, arguments, 1)
         check_call(pipe, arguments.call)
         for spec in specs:
@@ -238,6 +254,9 @@ def calibrate_modes(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Search the modes of `sparse-vdit`, or distil the gates of `seerattention`: one generation."""
@@ -259,22 +278,26 @@ def calibrate_modes(
         settings = Distillation(order or "curve", block_size, 10 if updates is None else updates)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
-        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4)
+        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4, quiet)
         out = out or Path("seerattention.safetensors" if gated else "sparse_vdit.json")
         prepare_file(out)
     with told(FAILURE, debug):
-        run = latent_run(pipe, call, prompts, seed)
+        run = latent_run(pipe, call, prompts, seed, quiet)
         if gated:
             distil(pipe, run, settings).save(out)
-            print(f"{out}: {settings.progress()}")
+            told_gates = {"gates": str(out), "divergences": settings.divergences}
+            print(json.dumps(told_gates) if as_json else f"{out}: {settings.progress()}")
             return
         table = calibrate(pipe, run, search, len(prompts))
         table.save(out)
-    digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)
     from .patterns.sparse_vdit import MODES
 
-    shares = (f"{name} {digits.count(str(i)) / len(digits):.0%}" for i, name in enumerate(MODES))
-    print(f"{out}: {', '.join(shares)}")
+    digits = "".join(row for branch in table.modes.values() for rows in branch for row in rows)
+    shares = {name: digits.count(str(i)) / len(digits) for i, name in enumerate(MODES)}
+    if as_json:
+        print(json.dumps({"table": str(out), "shares": shares}))
+        return
+    print(f"{out}: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
 
 
 @app.command("profile")
@@ -295,7 +318,9 @@ def profile_attention(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    config: Config = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure a pipeline's attention in one dense generation: the fingerprint of a model."""
@@ -310,12 +335,12 @@ def profile_attention(
             return
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
-        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1)
+        pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1, quiet)
         prepare_file(out)
     with told(FAILURE, debug):
         found = profile(
             pipe,
-            latent_run(pipe, call, prompts, seed),
+            latent_run(pipe, call, prompts, seed, quiet),
             pipeline=pipeline or "samples/wan_tiny (boxed)",
             call=call | {"prompts": prompts, "seed": seed},
             environment=environment(pipe),
@@ -370,6 +395,8 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         print(json.dumps(state))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in state.items():
         if not isinstance(value, dict):
             table.add_row(name, str(value))
@@ -421,12 +448,17 @@ def call_changes(
 
 
 def open_pipeline(
-    source: str | None, device: str | None, dtype: str | None, changes: dict[str, Any]
+    source: str | None,
+    device: str | None,
+    dtype: str | None,
+    changes: dict[str, Any],
+    quiet: bool,
 ) -> "tuple[Any, CallArguments]":
     from .loading import call_arguments, choose_device, choose_dtype, load_pipeline
 
     device = choose_device(device)
-    pipe = load_pipeline(source, device, choose_dtype(dtype, device))
+    no_bars = quiet or not sys.stderr.isatty()
+    pipe = load_pipeline(source, device, choose_dtype(dtype, device), no_bars)
     return pipe, call_arguments(pipe, source).override(**changes)
 
 
@@ -445,25 +477,31 @@ def open_run(
     changes: dict[str, Any],
     given: list[str],
     count: int,
+    quiet: bool,
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """A pipeline, its checked call and the prompts of one batch."""
     from .generation import check_call
 
-    pipe, arguments = open_pipeline(source, device, dtype, changes)
+    pipe, arguments = open_pipeline(source, device, dtype, changes, quiet)
     prompts = some_prompts(given, arguments, count)
     check_call(pipe, arguments.call)
     return pipe, arguments.call, prompts
 
 
 def latent_run(
-    pipe: Any, call: dict[str, Any], prompts: list[str], seed: int
+    pipe: Any, call: dict[str, Any], prompts: list[str], seed: int, quiet: bool = False
 ) -> Callable[[], None]:
     """Generates one batch, up to its latents."""
     import torch
 
+    from .generation import ticking
+    from .progress import Steps
+
     def run() -> None:
         generator = torch.Generator("cpu").manual_seed(seed)
-        pipe(prompts, generator=generator, output_type="latent", **call)
+        with Steps(1, quiet).bar("looking at attention", call.get("num_inference_steps")) as tick:
+            extra = ticking(pipe, tick)
+            pipe(prompts, generator=generator, output_type="latent", **call, **extra)
 
     return run
 

@@ -162,7 +162,8 @@ class Comparison:
         sheet = f"sheets/p{prompt:02d}-s{seed}.png"
         for method in self.methods:
             clip = self.generate(prompt, seed, method, method.text)
-            metrics = compare_clips(dense.frames, clip.frames, self.lpips)
+            with self.steps.bar(f"metrics of {method.text}", len(clip.frames)) as tick:
+                metrics = compare_clips(dense.frames, clip.frames, self.lpips, tick)
             self.report["runs"].append(self.run_record(prompt, seed, method, clip, metrics))
             finished.append((method.text, clip.frames))
             write_sheet(self.out / sheet, dense.frames, finished)

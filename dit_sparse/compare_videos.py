@@ -10,6 +10,7 @@ from .compare import SCHEMA, metrics_in_words, software
 from .generation import write_json
 from .metrics import Lpips, compare_clips
 from .page import write_page
+from .progress import Steps
 from .read_video import Video, read_video
 from .video import write_frames
 
@@ -18,7 +19,11 @@ OF_A_RUN = "density effective_cost kept_mass seconds peak_bytes guidance steps t
 
 
 def compare_videos(
-    reference: Path, videos: Sequence[Path], out: Path, lpips: Lpips | None = None
+    reference: Path,
+    videos: Sequence[Path],
+    out: Path,
+    lpips: Lpips | None = None,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Compare videos (files or folders of images) with a reference; writes report and page.
 
@@ -26,7 +31,7 @@ def compare_videos(
         FileNotFoundError: a video is not there.
         ValueError: a video cannot be read, or differs from the reference in frames or size.
     """
-    names = short_names([reference, *videos])
+    names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
     write_frames(out / dense["frames"], first.frames)
     report: dict[str, Any] = {
@@ -45,7 +50,8 @@ def compare_videos(
         video, described = read_video(path), entry(number, names[number])
         refuse_other_shape(path, video, reference, first)
         write_frames(out / described["frames"], video.frames)
-        metrics = compare_clips(first.frames, video.frames, lpips).as_dict()
+        with steps.clip(described["label"], len(video.frames)) as tick:
+            metrics = compare_clips(first.frames, video.frames, lpips, tick).as_dict()
         run = {
             **dict.fromkeys(OF_A_RUN.split()),
             **described,

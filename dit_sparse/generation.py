@@ -74,22 +74,26 @@ def timed_call(
     pipe: Any, prompt: str, seed: int, call: dict[str, Any], on_step: Callable[[], None] | None
 ) -> Clip:
     cuda = torch.device(pipe.device).type == "cuda"
-    known = inspect.signature(pipe.__call__).parameters
-    extra: dict[str, Any] = {}
-    if on_step is not None and "callback_on_step_end" in known:
-        extra["callback_on_step_end"] = lambda pipe, step, timestep, kwargs: on_step() or kwargs
     generator = torch.Generator("cpu").manual_seed(seed)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     # Frames come back as numpy, so the GPU has finished when the call returns.
-    video = pipe(prompt=prompt, generator=generator, output_type="np", **call, **extra)
+    given = {**call, **ticking(pipe, on_step)}
+    video = pipe(prompt=prompt, generator=generator, output_type="np", **given)
     seconds = time.perf_counter() - start
     frames = np.asarray(video.frames[0], dtype=np.float32)
     if not np.isfinite(frames).all():
         raise RuntimeError("the pipeline returned NaN: try --dtype float32 or bfloat16")
     return Clip(frames, seconds, torch.cuda.max_memory_allocated() if cuda else None)
+
+
+def ticking(pipe: Any, on_step: Callable[[], None] | None) -> dict[str, Any]:
+    """Arguments that make a pipeline call `on_step` after each denoising step, where it can."""
+    if on_step is None or "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
+        return {}
+    return {"callback_on_step_end": lambda pipe, step, timestep, kwargs: on_step() or kwargs}
 
 
 def check_call(pipe: Any, call: dict[str, Any]) -> None:

@@ -112,12 +112,15 @@ def choose_dtype(name: str | None, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_pipeline(source: str | Path | None, device: str, dtype: torch.dtype) -> Any:
+def load_pipeline(
+    source: str | Path | None, device: str, dtype: torch.dtype, quiet: bool = True
+) -> Any:
     """Load a diffusers pipeline and put it on a device.
 
     Args:
         source: a folder with model_index.json, a hub id, or the name of a boxed pipeline; None for
             the first of these.
+        quiet: no progress of loading.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
@@ -130,18 +133,19 @@ def load_pipeline(source: str | Path | None, device: str, dtype: torch.dtype) ->
             f"{source} is no diffusers pipeline: it has no model_index.json. "
             "Name the folder that save_pretrained wrote"
         )
-    pipe = from_pretrained(source, dtype)
+    pipe = from_pretrained(source, dtype, quiet)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def from_pretrained(source: str | Path, dtype: torch.dtype) -> Any:
+def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:
     try:
         import diffusers
         import transformers
 
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+        for library in (diffusers, transformers):
+            show = library.utils.logging
+            (show.disable_progress_bar if quiet else show.enable_progress_bar)()
         renamed = Version(diffusers.__version__) >= Version("0.42.1")
         kwargs = {"dtype" if renamed else "torch_dtype": dtype}
         return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .patterns.from_file import SUFFIX
+
 DENSE = "dense"
 
 
@@ -31,7 +33,8 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
         TypeError: an option that the method does not have.
     """
     name, _, rest = text.partition(":")
-    spec = MethodSpec(text, name.strip().lower(), parse_options(rest))
+    name = name.strip()
+    spec = MethodSpec(text, name if name.endswith(SUFFIX) else name.lower(), parse_options(rest))
     if not (allow_dense and spec.name == DENSE):
         from .api import make_config
 

@@ -7,10 +7,11 @@ Identical clips have no finite PSNR: it is None and `identical` is True.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -122,13 +123,17 @@ def torch_home(folder: str | Path | None) -> Iterator[None]:
 
 
 def compare_clips(
-    reference: np.ndarray | Tensor, candidate: np.ndarray | Tensor, lpips: Lpips | None = None
+    reference: np.ndarray | Tensor,
+    candidate: np.ndarray | Tensor,
+    lpips: Lpips | None = None,
+    on_frame: Callable[[], None] = lambda: None,
 ) -> ClipMetrics:
     """PSNR, SSIM and LPIPS of `candidate` against `reference`.
 
     Args:
         reference, candidate: frames (T, H, W, 3), uint8 or float in [0, 1], of equal shape.
         lpips: an `Lpips`; None leaves LPIPS out.
+        on_frame: called after each frame.
 
     Raises:
         ValueError: shapes differ, are not (T, H, W, 3), or frames are smaller than the SSIM window.
@@ -140,11 +145,18 @@ def compare_clips(
         )
     if min(first.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side")
+    psnrs, ssims, distances = [], [], []
+    for a, b in zip(first.split(1), second.split(1), strict=True):
+        psnrs.append(psnr(a, b))
+        ssims.append(ssim(a, b))
+        distances.append(lpips(a, b) if lpips else None)
+        on_frame()
+    known = [distance for distance in distances if distance is not None]
     return ClipMetrics(
         psnr=psnr(first, second),
-        ssim=ssim(first, second),
-        lpips=lpips(first, second) if lpips else None,
-        psnr_per_frame=[psnr(a, b) for a, b in zip(first, second, strict=True)],
+        ssim=fmean(ssims),
+        lpips=fmean(known) if known else None,
+        psnr_per_frame=psnrs,
         identical=bool(torch.equal(first, second)),
     )
 
@@ -168,9 +180,11 @@ def psnr(reference: Tensor, candidate: Tensor) -> float | None:
 
 
 def ssim(reference: Tensor, candidate: Tensor) -> float:
+    """Of one frame (1, 3, H, W)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    per_frame = structural_similarity_index_measure(
-        candidate, reference, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
+    return float(
+        structural_similarity_index_measure(  # type: ignore[arg-type]
+            candidate, reference, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0
+        )
     )
-    return float(per_frame.mean())  # type: ignore[union-attr]

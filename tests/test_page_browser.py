@@ -238,6 +238,33 @@ def test_several_reports_and_videos_share_a_page(browser, page, tmp_path):
     assert len(browser.find_elements("css selector", "tr.report")) == 2
 
 
+def test_a_real_report_plays_scrubs_wipes_and_shows_a_layer(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+    from test_cli import SMALL, invoke
+    from tiny import tiny_folder
+
+    methods = ["-m", SMALL, "-m", "window:block_size=32"]
+    done = invoke("compare", "-p", tiny_folder(), *methods, "--steps", 5, "-o", tmp_path, "-q")
+    assert done.exit_code == 0, done.output
+    browser.get((tmp_path / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    until(lambda: browser.execute_script("return Boolean(maps.trace)"))
+    click(browser, "#play")
+    until(lambda: frame(browser) > 0)
+    press(browser, " ")
+    drag(browser, "#scrub", 0.9, 0.001)
+    assert frame(browser) == 0
+    click(browser, "#views button[data-view=wipe]")
+    drag(browser, "#rows .stage", 0.02, 0.01)
+    assert browser.execute_script("return player.wipe") < 50
+    layers = Select(browser.find_element("id", "block-layer"))
+    layers.select_by_index(len(layers.options) - 1)
+    assert f"layer {len(layers.options) - 1}" in text(browser, "#place")
+    shown = "return document.getElementById('block-map').width"
+    assert browser.execute_script(shown) > 1 and "blocks of queries" in text(browser, "#block-note")
+    assert len(browser.find_elements("css selector", "#figures tbody tr")) == 3
+
+
 def test_keys_are_listed_and_a_small_window_has_everything(browser):
     press(browser, "?")
     assert "wipe" in text(browser, "#keys")

@@ -10,6 +10,7 @@ from .dfsattn import DFSAttn
 from .double_sparsity import DoubleSparsity
 from .draftattention import DraftAttention
 from .flexprefill import FlexPrefill
+from .from_file import SUFFIX, method_in_file
 from .hip import HiP
 from .llsa import LLSA
 from .lychee import LycheeDecode
@@ -68,3 +69,10 @@ METHODS: dict[str, type[SparseConfig]] = {
     "seerattention": SeerAttention,
 }
 AUTO = "adaspa"  # what method="auto" means
+
+
+def method_class(name: str) -> type[SparseConfig] | None:
+    """The class that a name or the file of an own rule stands for; None where it is not known."""
+    if name.endswith(SUFFIX):
+        return method_in_file(name)
+    return METHODS.get(AUTO if name == "auto" else name)
