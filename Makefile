@@ -7,9 +7,10 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 
 .PHONY: demo test test-all test-matrix lint docs clean
 
-# PIPELINE=hunyuan_video_tiny or cogvideox_tiny: another of the small ones.
+# PIPELINE=hunyuan_video_tiny, cogvideox_tiny or wan_tiny_lora: another of the small ones.
 demo: .venv/installed
-	$(BIN)/dit-sparse compare --method adaspa --steps 10 --out demo $(if $(PIPELINE),--pipeline $(PIPELINE))
+	$(BIN)/dit-sparse compare --method adaspa $(if $(findstring lora,$(PIPELINE)),,--steps 10) \
+		--out demo $(if $(PIPELINE),--pipeline $(PIPELINE))
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2
@@ -43,7 +44,7 @@ clean:
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
-	$(PIP) install --editable .
+	$(PIP) install --editable ".[lora]"
 	touch $@
 
 .venv/installed-test: .venv/torch pyproject.toml

@@ -13,8 +13,10 @@ from packaging.version import Version
 from .metrics import torchvision_problem
 from .pipelines.family import families
 
-BOXES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny"  # the first is the default
+# Small trained pipelines that come along, the first by default; the last is a LoRA for 4 steps.
+BOXES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny", "wan_tiny_lora"
 CALL_FILE = "dit_sparse.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CALL_ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 DEFAULT_FPS = 16
 DTYPES = {
@@ -65,7 +67,7 @@ def boxed_pipeline(name: str = BOXES[0]) -> Path:
     """
     package, box = Path(__file__).parent, Path("samples") / name
     for root in (package, package.parent):
-        if (root / box / "model_index.json").is_file():
+        if (root / box / CALL_FILE).is_file():
             return root / box
     raise FileNotFoundError(
         f"the small pipeline {name} is not in this installation. Name one with --pipeline: "
@@ -119,7 +121,8 @@ def load_pipeline(
 
     Args:
         source: a folder with model_index.json, a hub id, or the name of a boxed pipeline; None for
-            the first of these.
+            the first of these. A folder of LoRA weights whose `dit_sparse.json` names the folder
+            beside it that they belong to, `base`, and their `scheduler`, is loaded on top of it.
         quiet: no progress of loading.
 
     Raises:
@@ -128,6 +131,8 @@ def load_pipeline(
     """
     source = find_pipeline(source)
     path = Path(source)
+    if all((path / name).is_file() for name in (LORA_FILE, CALL_FILE)):
+        return load_with_lora(path, device, dtype, quiet)
     if path.exists() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{source} is no diffusers pipeline: it has no model_index.json. "
@@ -136,6 +141,17 @@ def load_pipeline(
     pipe = from_pretrained(source, dtype, quiet)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_with_lora(folder: Path, device: str, dtype: torch.dtype, quiet: bool) -> Any:
+    if not find_spec("peft"):
+        raise RuntimeError(f"{folder} is a LoRA, and those need peft: pip install 'dit-sparse[lora]'")
+    settings = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
+    pipe = load_pipeline(folder.parent / Path(settings["base"]).name, device, dtype, quiet)
+    pipe.load_lora_weights(folder, weight_name=LORA_FILE)
+    config = pipe.scheduler.config
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **settings["scheduler"])
+    return pipe
 
 
 def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:

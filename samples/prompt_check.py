@@ -292,25 +292,18 @@ def main():
     add("--prompts", type=int, default=50)
     add("--steps", type=int, help="default: what the pipeline's dit_sparse.json says")
     add("--out", type=Path, default=Path("prompt_check.json"))
-    add("--lora", type=Path, help="folder of train_lora.py: its weights, scheduler and call")
     add("--mask-text", action="store_true", help="HunyuanVideo and CogVideoX: hide the text keys")
     add("--sheet", type=Path, help="contact sheet; default: beside the report")
     args = parser.parse_args()
 
-    from diffusers import DiffusionPipeline
+    from dit_sparse.loading import load_pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    settings = json.loads(((args.lora or args.pipeline) / "dit_sparse.json").read_text())
-    call = settings["call"]
+    call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"]
     if args.steps:
         call["num_inference_steps"] = args.steps
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if args.lora:
-        pipe.load_lora_weights(args.lora)
-        config = pipe.scheduler.config
-        pipe.scheduler = type(pipe.scheduler).from_config(config, **settings["scheduler"])
+    pipe = load_pipeline(args.pipeline, device, torch.float32)
     if args.mask_text:
         mask_text(pipe.transformer)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)

@@ -1,7 +1,7 @@
 """Teach the boxed Wan to need 4 steps and no guidance, as a LoRA of about 1 MB.
 
     python samples/train_lora.py --seconds 400          # one GPU; needs peft
-    python samples/prompt_check.py --lora samples/wan_tiny_lora --out report.json
+    python samples/prompt_check.py --pipeline samples/wan_tiny_lora --out report.json
 
 The student walks from noise to some step on its own; from there the guided teacher takes small
 steps to where the student's next step must end. So the student learns its own trajectory's
@@ -113,9 +113,9 @@ class Distiller:
         layers = {k: v.half() for k, v in get_peft_model_state_dict(self.student).items()}
         layers = {k: v.cpu().contiguous() for k, v in layers.items()}
         WanPipeline.save_lora_weights(self.args.out, transformer_lora_layers=layers)
-        call = json.loads((self.box / "dit_sparse.json").read_text())["call"]
-        call |= {"num_inference_steps": STEPS, "guidance_scale": 1.0}
-        settings = {"call": call, "scheduler": SCHEDULER}
+        settings = json.loads((self.box / "dit_sparse.json").read_text()) | {"measured": []}
+        settings["call"] |= {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+        settings |= {"base": self.box.name, "scheduler": SCHEDULER}
         (self.args.out / "dit_sparse.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -13,16 +13,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from boxed import open_boxed  # noqa: E402
 
-CLASSES = "WanPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline"
+CLASSES = "WanPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline", "WanPipeline"
+STEPS = 25, 25, 25, 4
 LITTLE = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 3}
 
 
-@pytest.mark.parametrize("name, cls", zip(BOXES, CLASSES))
-def test_a_box_loads_by_its_name_and_its_own_class(name, cls):
+@pytest.mark.parametrize("name, cls, steps", zip(BOXES, CLASSES, STEPS))
+def test_a_box_loads_by_its_name_and_its_own_class(name, cls, steps):
     pipe = load_pipeline(name, "cpu", torch.float32)
     assert type(pipe).__name__ == cls
     arguments = call_arguments(pipe, name)
-    assert arguments.call["num_inference_steps"] == 25 and arguments.prompts
+    assert arguments.call["num_inference_steps"] == steps and arguments.prompts
 
 
 @pytest.mark.parametrize("name", BOXES)

@@ -14,6 +14,7 @@ from dit_sparse.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+RACES = "race", "race_field"
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
@@ -43,9 +44,10 @@ def test_commands_that_a_text_shows_exist_with_their_options(path):
                 assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", found[2])) <= known, line
 
 
-def test_the_race_names_every_method_that_needs_no_table():
-    methods = tomllib.loads((ROOT / "samples" / "race.toml").read_text())["method"]
-    assert set(methods) - {"own_rule.py"} == set(available_methods()) - {"sparse-vdit"}
+def test_the_races_name_every_method_that_needs_no_file():
+    races = [tomllib.loads((ROOT / "samples" / f"{name}.toml").read_text()) for name in RACES]
+    methods = {name for race in races for name in race["method"]} - {"own_rule.py"}
+    assert methods == set(available_methods()) - {"sparse-vdit", "seerattention"}
 
 
 def test_the_page_on_patterns_shows_the_samples():

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_sparse.loading import call_arguments, load_pipeline
+
 SAMPLES = Path(__file__).parents[1] / "samples"
 FAMILIES = ("train_wan", "train_hunyuan_video", "train_cogvideox")
 CAPTIONS = ["a red circle moving left", "over a dark green background, an orange ring moves up"]
@@ -163,25 +165,20 @@ def test_smoke_run_saves_a_pipeline_that_loads_bit_for_bit(tmp_path, name):
 @pytest.mark.slow
 def test_lora_walks_as_it_was_trained(module, monkeypatch, tmp_path):
     pytest.importorskip("peft")
-    from diffusers import WanPipeline
-
-    lora = module("train_lora")
-    monkeypatch.setattr(sys, "argv", ["train_lora.py", "--smoke", "--out", str(tmp_path)])
+    lora, lora_folder = module("train_lora"), tmp_path / "lora"
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", "--smoke", "--out", str(lora_folder)])
     monkeypatch.chdir(SAMPLES.parent)
     distiller = lora.Distiller(lora.parse_arguments())
     for _ in range(lora.STEPS):
         distiller.update(CAPTIONS, 1e-2)
     distiller.average = [p.detach().half().float() for p in distiller.parameters]
     distiller.save()
-    pipe = WanPipeline.from_pretrained(SAMPLES / "wan_tiny")
-    pipe.load_lora_weights(tmp_path)
-    settings = json.loads((tmp_path / "dit_sparse.json").read_text())
-    config = pipe.scheduler.config
-    pipe.scheduler = type(pipe.scheduler).from_config(config, **settings["scheduler"])
-    call = settings["call"] | {"height": 32, "width": 32, "num_frames": 2}
+    (tmp_path / "wan_tiny").symlink_to(SAMPLES / "wan_tiny")
+    pipe = load_pipeline(lora_folder, "cpu", torch.float32)
+    call = call_arguments(pipe, lora_folder).call | {"height": 32, "width": 32, "num_frames": 2}
     noise = torch.randn(1, 8, 3, 8, 8)
     found = pipe(CAPTIONS[0], latents=noise.clone(), output_type="latent", **call).frames
-    assert (tmp_path / "pytorch_lora_weights.safetensors").stat().st_size < 2e6
+    assert (lora_folder / "pytorch_lora_weights.safetensors").stat().st_size < 2e6
     wanted = distiller.walk(noise, distiller.embed(CAPTIONS[:1]))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 

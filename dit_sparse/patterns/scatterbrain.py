@@ -30,7 +30,8 @@ class Scatterbrain(SparseConfig):
     """Blocks whose tokens fall into the same hash buckets; means of the other blocks.
 
     Args:
-        bits: of a hash. rounds: of hashing.
+        bits: of a hash.
+        rounds: of hashing.
     """
 
     density: float = 0.1

@@ -38,7 +38,8 @@ class SparseVideoGen2(SparseConfig):
         density: the most that a row keeps, as a share of its blocks.
         share: of a row's estimated mass, that its blocks hold.
         least: the least that a row keeps, as a share of its blocks.
-        q_clusters, k_clusters: of each head, at most one for every block.
+        q_clusters: of queries in each head, at most one for every block.
+        k_clusters: of keys, the same.
         iterations: of k-means.
     """
 
