@@ -128,6 +128,7 @@ COGVIDEOX = Family(
     guidance="one batch",
     text="before the video",
     fps=8,
+    tested="`CogVideoXPipeline` tiny trained; the rest tiny random",
     stock_processor="CogVideoXAttnProcessor2_0",
     fused_processor=FUSED,
     processor=CogVideoXSparseAttnProcessor,

@@ -205,6 +205,7 @@ HUNYUAN_VIDEO = Family(
     guidance="embedded, or two calls",
     text="after the video",
     fps=24,
+    tested="`HunyuanVideoPipeline` tiny trained; the rest tiny random",
     stock_processor="HunyuanVideoAttnProcessor2_0",
     processor=HunyuanVideoSparseAttnProcessor,
     prepare=prepare,
