@@ -145,7 +145,7 @@ def load_pipeline(
 
 def load_with_lora(folder: Path, device: str, dtype: torch.dtype, quiet: bool) -> Any:
     if not find_spec("peft"):
-        raise RuntimeError(f"{folder} is a LoRA, and those need peft: pip install 'dit-sparse[lora]'")
+        raise RuntimeError(f"{folder} is a LoRA and needs peft: pip install 'dit-sparse[lora]'")
     settings = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
     pipe = load_pipeline(folder.parent / Path(settings["base"]).name, device, dtype, quiet)
     pipe.load_lora_weights(folder, weight_name=LORA_FILE)
