@@ -1,6 +1,7 @@
-"""Open a small trained pipeline for a benchmark."""
+"""Open a small trained pipeline for a benchmark; the noise floor of its videos."""
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse.loading import call_arguments, load_pipeline
 
@@ -16,3 +17,13 @@ def open_boxed(source, dtype):
     # CogVideoX's pipeline does not cast the latents
     pipe.vae.decode = lambda latents, **options: decode(latents.float(), **options)
     return pipe, call_arguments(pipe, source)
+
+
+def two_dense_runs(generate):
+    """What `generate` gives under cuDNN's attention, and under FlashAttention-2 or, where there is
+    a mask, torch's plain mathematics: between them lies what rounding alone changes."""
+    plain = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    choices = [SDPBackend.CUDNN_ATTENTION, *plain], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    for kernels in choices:
+        with sdpa_kernel(kernels, set_priority=True):
+            yield generate()

@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
-from boxed import open_boxed  # noqa: E402
+from boxed import open_boxed, two_dense_runs  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
 
@@ -301,12 +301,9 @@ def lines(runner):
     """Chance, and on a GPU the noise floor: what two dense runs differ by."""
     found = {"chance": runner.compare(runner.frames(runner.test, seed_offset=1000))}
     if runner.device == "cuda":
-        transformer, dense = runner.pipe.transformer, runner.test.dense
-        transformer.set_attention_backend("_native_cudnn")
-        runner.test.dense = runner.frames(runner.test)
-        transformer.set_attention_backend("_native_flash")
-        found["noise_floor"] = runner.compare(runner.frames(runner.test))
-        transformer.set_attention_backend("native")
+        dense = runner.test.dense
+        runner.test.dense, frames = two_dense_runs(lambda: runner.frames(runner.test))
+        found["noise_floor"] = runner.compare(frames)
         runner.test.dense = dense
     return found
 

@@ -7,8 +7,8 @@
 One forward of each kind: dense (the stock model under the fastest dense attention of this machine,
 text without padding), and with sparse attention enabled its dense warm-up, the first search (whose
 output is dense but with `--method adaspa-sampled`), the first reuse of that mask, later reuses, and
-a later search. 50-step schedules are composed from them; `--whole` runs one to check the sum. Text encoder
-and VAE are left out: they are the same on both sides.
+a later search. 50-step schedules are composed from them; `--whole` runs one to check the sum. Text
+encoder and VAE are left out: they are the same on both sides.
 
 What would mislead: weights and inputs are random, so the search is run for its time alone and the
 mask is a given one: random blocks (the worst for the cache), the nearest in space and time, or
