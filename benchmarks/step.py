@@ -487,7 +487,7 @@ class Benchmark:
             block_size=args.block_size,
             engine=args.engine,
             masks=masks,
-            **({"max_cache_bytes": None} if args.method == "auto-preview" else {}),
+            **({"max_cache_bytes": None} if args.method == "auto" else {}),
         )
         with ExitStack() as undo:
             undo.enter_context(time_functions(self.clock, our_regions()))
@@ -662,7 +662,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--densities", type=float, nargs="+", default=[0.2, 0.5, 0.1])
     add("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     add("--dense-backend", help="diffusers' name; the fastest by default")
-    add("--method", choices=("adaspa", "adaspa-sampled", "auto-preview"), default="adaspa")
+    add("--method", choices=("adaspa", "adaspa-sampled", "auto"), default="adaspa")
     add("--masks", default="random", help="random, near, or an .npz file of recorded masks")
     add("--engine", default="auto")
     add("--block-size", type=int, default=64)

@@ -15,7 +15,7 @@ from .attention import refuse_missing
 from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
-from .patterns import AUTO, METHODS, method_class
+from .patterns import METHODS, method_class
 from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .report import Report, make_report
 from .state import Call, State
@@ -52,7 +52,8 @@ def enable_sparse_attention(
         num_steps: denoising steps in all; only needed for a bare transformer.
         keep_padding: keep the padded text of HunyuanVideo, masked as in the stock pipeline. It is
             dropped by default: the same in mathematics, not in bits, and faster.
-        options: fields of the method's config, such as `density=0.3`.
+        options: fields of the method's config, such as `density=0.3`, or with "auto" a `target`:
+            "fidelity", "balanced" or "speed".
 
     Returns:
         A handle with `report()` and `disable()`; as a context manager it disables at the end.
@@ -114,8 +115,6 @@ class SparseAttention:
         self.method, self.config, self.enabled_on = method, config, ref(pipe)
         self.keep_padding = keep_padding
         self._notes: list[str] = []
-        if method == "auto":
-            self._notes.append(f'method="auto" is {AUTO} in {config.order} order')
         self._installed: list[Installation] = []
         with ExitStack() as undo:  # all transformers or none
             for transformer, family in transformers:
@@ -289,17 +288,27 @@ def _order_on(
 def make_config(method: str | SparseConfig, options: dict) -> tuple[SparseConfig, str]:
     """The config that a method and its options give, and the method's name."""
     if isinstance(method, SparseConfig):
-        cls = type(method)
+        cls, given = type(method), method.to_dict()
         name = next((name for name, other in METHODS.items() if other is cls), cls.__name__)
-        values = {**method.to_dict(), **options}
     elif (known := method_class(str(method))) is not None:
-        cls, name, values = known, method, options
+        cls, name, given = known, str(method), {}
     else:
-        raise ValueError(f"unknown method {method!r}{_nearest(method, ['auto', *METHODS])}")
+        raise ValueError(f"unknown method {method!r}{_nearest(method, list(METHODS))}")
+    options = _at_target(cls, options)
     for option in options:
         if option not in cls.options():
             raise TypeError(f"{name} has no option {option!r}{_nearest(option, cls.options())}")
-    return cls(**values), name
+    return cls(**{**given, **options}), name
+
+
+def _at_target(cls: type[SparseConfig], options: dict) -> dict:
+    """The options that a target stands for, then those given."""
+    if "target" not in options or not cls.targets:
+        return options
+    target = options["target"]
+    if target not in cls.targets:
+        raise ValueError(f"target must be one of {', '.join(cls.targets)}, got {target!r}")
+    return cls.targets[target] | {k: v for k, v in options.items() if k != "target"}
 
 
 def _nearest(word: Any, choices: list[str]) -> str:

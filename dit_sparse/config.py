@@ -51,6 +51,8 @@ class SparseConfig:
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
+    refuses: ClassVar[bool] = False  # True: dense where the cost model says that sparse is slower
+    targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
     # True where sparse outputs are completed by means of the rest; a correction is a residual then.

@@ -81,6 +81,7 @@ def make_report(
     effective_cost = cost / dense_equivalent if dense_equivalent else 0.0
     if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
         notes = [*notes, COSTLY.format(effective_cost)]
+    notes = [*notes, *{state.dense_because for state in states if state.dense_because}]
     return Report(
         method=method,
         config=config,

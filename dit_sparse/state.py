@@ -76,7 +76,8 @@ class State:
     """State of one transformer in one run, keyed by branch and layer.
 
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
-    `masks` holds the last mask of each branch and layer, and its step, where it is not None.
+    `masks` holds the last mask of each branch and layer, and its step, where it is not None;
+    `dense_because` says why a run stays dense.
     """
 
     call: Call | None = None
@@ -87,6 +88,7 @@ class State:
     peak_bytes: int = 0
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
+    dense_because: str | None = None
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
 
@@ -111,7 +113,7 @@ class State:
     def forget(self) -> None:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
-        self.planned_bytes = 0
+        self.planned_bytes, self.dense_because = 0, None
         self.masks = None if self.masks is None else {}
 
     def drop(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention import choose_engine, sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig
+from .cost_model import predicted_speedup
 from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
@@ -71,7 +72,7 @@ class LayerAttention:
 
     def _kind(self, found_at: int | None) -> Kind:
         call, config = self.state.call, self.config
-        if config.density == 1 or self.layer < config.dense_layers:
+        if config.density == 1 or self.layer < config.dense_layers or self.state.dense_because:
             return "dense"
         schedule = config.search_at, found_at, config.every_step
         return step_kind(call.step, call.num_steps, *schedule)
@@ -79,6 +80,10 @@ class LayerAttention:
     def _plan(self, query: Tensor) -> None:
         """At the first call of each branch: how much will be kept, and refuse too much."""
         if self.config.density == 1 or self.layer > 0:
+            return
+        if self.config.refuses and self.state.calls == 1:
+            self.state.dense_because = self._why_dense(query)
+        if self.state.dense_because:
             return
         of = query.shape, query.element_size()
         per_branch = self.config.cache_bytes(*of) * self._sparse_layers()
@@ -92,6 +97,19 @@ class LayerAttention:
                 f" ({self.config.memory})"
             )
         self._tell_of_cost(query)
+
+    def _why_dense(self, query: Tensor) -> str | None:
+        """Where the cost model expects sparse attention to be slower, a sentence that says so."""
+        call, config = self.state.call, self.config
+        density = max(config.density, call.grid.forced_share(config.block_size))
+        schedule = config.search_at, call.num_steps
+        speedup = predicted_speedup(query.shape, density, *schedule, query.device)
+        if speedup is None or speedup >= 1:
+            return None
+        return (
+            f"every step runs dense: at {call.grid.tokens} tokens sparse attention would take"
+            f" {1 / speedup:.1f} times as long (a method such as adaspa runs in any case)"
+        )
 
     def _tell_of_cost(self, query: Tensor) -> None:
         """Log at the first call that a run will gain nothing; its report says it of the whole."""

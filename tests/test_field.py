@@ -50,7 +50,7 @@ from dit_sparse.patterns.tree import best_regions, mass_inside, tree_logits
 from dit_sparse.reference import block_pool
 
 ELSEWHERE = {"adaspa", "adaspa-sampled", "draftattention", "rettention", "sparse-vdit", "dfsattn"}
-ELSEWHERE |= {"sol-attn", "auto-preview", "random", "window", "seerattention"}
+ELSEWHERE |= {"sol-attn", "auto", "random", "window", "seerattention"}
 FIELD = {name: cls for name, cls in available_methods().items() if name not in ELSEWHERE}
 SMALL = VideoGrid(1, 7, 9)  # 63 tokens: two blocks
 GRID = VideoGrid(3, 7, 9)  # 189 tokens: six blocks of 32, the last of 29

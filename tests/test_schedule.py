@@ -45,8 +45,8 @@ def test_a_search_that_a_cache_skipped_is_made_up_for():
         (Rettention(density=0.1, search_at=(0.3, 0.5)), 10, 1, (3 + 2 * 1.1 + 5 * 0.1) / 10),
         (Window(density=0.3), 5, 0, (1 + 4 * 0.3) / 5),
         (DraftAttention(density=0.25), 8, 0, (2 + 6 * 0.25) / 8),
-        (Auto(density=0.1), 4, 1, (1 + 1.6 + 1.6 + 0.1) / 4),
-        (Auto(density=0.1), 4, 0.5, (1 + 1.55 + 1.1 + 0.1) / 4),
+        (Auto(density=0.1, search_at=(0.2, 0.6)), 4, 1, (1 + 2 * 1.225 + 0.1) / 4),
+        (Auto(density=0.1, search_at=(0.2, 0.6)), 4, 0.5, (1 + 2 * 0.725 + 0.1) / 4),
     ],
 )
 def test_planned_cost(config, num_steps, corrected, cost):

@@ -15,6 +15,7 @@ from dit_sparse import (
     sparse_attention,
 )
 from dit_sparse import tail as tail_module
+from dit_sparse.api import make_config
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns.correct import add_residual, measure_residual
 from dit_sparse.patterns.search import Search
@@ -247,12 +248,38 @@ def test_auto_keeps_the_heaviest_blocks_of_every_row():
     search = make_search(grid)
     found = Auto(density=0.2, block_size=32, own_block=False).find(search)
     shares = torch.einsum("bihd,bjhd->bhij", search.query, search.key).mul(16**-0.5).softmax(-1)
+    sampled = shares.unflatten(2, (-1, 8))[:, :, :, 4]  # one query of each 8
     for b in range(2):
         for h in range(2):
-            mass = shares[b, h].unflatten(0, (-1, 32)).sum(1).unflatten(1, (-1, 32)).sum(-1)
+            mass = sampled[b, h].unflatten(0, (-1, 4)).sum(1).unflatten(1, (-1, 32)).sum(-1)
             for row, kept in zip(mass, found.mask[b, h]):
                 assert set(row.topk(4).indices.tolist()) == set(kept.nonzero().flatten().tolist())
-    assert found.cost == 0.5 and found.kept_mass.shape == (2,)
+    assert found.cost == 0.125 and found.kept_mass.shape == (2,)
+
+
+def test_auto_keeps_as_many_blocks_as_hold_the_mass_that_is_asked_for():
+    grid = VideoGrid(5, 8, 16)
+    search = make_search(grid)
+    rest = {"block_size": 32, "own_block": False}
+    few, more = (Auto(density=0.1, min_kept_mass=p, **rest).find(search) for p in (None, 0.7))
+    assert (few.mask.sum(-1) == 2).all()
+    assert (more.mask | few.mask).equal(more.mask) and (more.kept_mass >= 0.7).all()
+    least = Auto(density=0.1, min_kept_mass=0.01, **rest).find(search)
+    assert least.mask.equal(few.mask)
+    with pytest.raises(ValueError, match="min_kept_mass is a share"):
+        Auto(min_kept_mass=95)
+
+
+def test_targets_stand_for_options_which_others_replace():
+    config, name = make_config("auto", {"target": "speed"})
+    assert name == "auto" and (config.density, config.search_at) == (0.05, (0.12, 0.41, 0.71))
+    assert make_config("auto", {"target": "balanced"})[0] == Auto() == make_config(Auto(), {})[0]
+    config, _ = make_config(Auto(residual=None), {"target": "fidelity", "density": 0.5})
+    assert config == Auto(residual=None, density=0.5, search_at=(0.24, 0.49, 0.75))
+    with pytest.raises(ValueError, match="target must be one of fidelity, balanced, speed"):
+        make_config("auto", {"target": "quality"})
+    with pytest.raises(TypeError, match="adaspa has no option 'target'"):
+        make_config("adaspa", {"target": "speed"})
 
 
 @pytest.mark.parametrize("density", [0.2, 0.9])
@@ -283,7 +310,7 @@ def test_both_keep_text_and_own_blocks():
 def test_residuals_fill_the_memory_that_is_allowed():
     shape, layers, branches = (1, 640, 4, 64), 6, 2
     plain = Auto().cache_bytes(shape, 2)
-    more = 640 * 4 * 64  # fp8: D + 4 bytes a row, less the 4 of a log-sum-exp
+    more = 640 * 4 * (64 + 4)  # fp8: D bytes and a scale for each row
     for allowed in (None, 10**9, branches * layers * (plain + more)):
         assert Auto(max_cache_bytes=allowed).corrected_layers(shape, 2, layers, branches) == 6
     least = branches * layers * plain
@@ -291,7 +318,7 @@ def test_residuals_fill_the_memory_that_is_allowed():
         config = Auto(max_cache_bytes=least + room)
         assert config.corrected_layers(shape, 2, layers, branches) == expected
     assert Auto(residual=None).corrected_layers(shape, 2, layers, branches) == 0
-    assert Auto(residual="model").correction_bytes(shape, 2) == 640 * 4 * (128 - 4)
+    assert Auto(residual="model").correction_bytes(shape, 2) == 640 * 4 * 128
     with pytest.raises(ValueError, match='"fp8", "model" or None'):
         Auto(residual="int8")
 
@@ -331,7 +358,7 @@ def test_a_residual_brings_the_video_nearer_to_dense():
     options = {"density": 0.3, "block_size": 32, "search_at": (0.2, 0.6)}
     apart = []
     for residual in (None, "fp8"):
-        with enable_sparse_attention(pipe, "auto-preview", residual=residual, **options):
+        with enable_sparse_attention(pipe, "auto", residual=residual, **options):
             apart.append((generate(pipe) - stock).square().mean())
     assert apart[0] > 2 * apart[1]
 
@@ -343,26 +370,27 @@ def test_cost_and_bytes_with_and_without_a_residual():
     expected = {  # bytes of a layer and branch
         "fp8": bits + tokens * heads * (16 + 4),
         "model": bits + tokens * heads * 16 * 4,
-        None: bits + 4 * tokens * heads,
+        None: bits,
     }
     for residual, kept in expected.items():
         pipe = tiny_wan()
-        handle = enable_sparse_attention(pipe, "auto-preview", residual=residual, **options)
+        handle = enable_sparse_attention(pipe, "auto", residual=residual, **options)
         generate(pipe)
         report, state = handle.report(), handle._installed[0].state
         density = float(torch.stack([r.density for r in state.trace if r.kind == "reuse"]).mean())
         reuse = density + tail
-        refresh = 2 * (1.5 + reuse) if residual else 1.5 + 0.5 + reuse
+        refresh = 2 * ((1.125 if residual else 0.125) + reuse)
         assert report.effective_cost == pytest.approx((2 + refresh + 2 * reuse) / 6, abs=0.01)
         assert report.peak_cache_bytes == report.planned_cache_bytes == 2 * 2 * kept
 
 
 def test_only_leading_layers_keep_a_residual_where_memory_is_short():
     pipe = tiny_wan()
-    plain = 8 + 4 * 108 * 2
-    allowed = 2 * 2 * plain + 2 * 108 * 2 * 16  # two layers, two branches: one layer's residuals
-    options = {"density": 0.5, "block_size": 32, "max_cache_bytes": allowed}
-    handle = enable_sparse_attention(pipe, "auto-preview", **options)
+    plain = 8
+    allowed = 2 * 2 * plain + 2 * 108 * 2 * 20  # two layers, two branches: one layer's residuals
+    options = {"density": 0.5, "block_size": 32, "search_at": (0.2, 0.6)}
+    options |= {"max_cache_bytes": allowed}
+    handle = enable_sparse_attention(pipe, "auto", **options)
     generate(pipe)
     report = handle.report()
     assert report.peak_cache_bytes == report.planned_cache_bytes == allowed
@@ -370,13 +398,13 @@ def test_only_leading_layers_keep_a_residual_where_memory_is_short():
     assert [e["layer"] for e in searched if e["density"] is None] == [0, 0]  # dense output
     assert [e["layer"] for e in searched if e["density"]] == [1, 1]
     with pytest.raises(MemoryError, match="max_cache_bytes"):
-        enable_sparse_attention(pipe, "auto-preview", max_cache_bytes=100)
+        enable_sparse_attention(pipe, "auto", max_cache_bytes=10)
         generate(pipe)
 
 
 def test_auto_gives_a_batch_of_another_size_residuals_of_its_own():
     pipe = tiny_wan()
-    enable_sparse_attention(pipe, "auto-preview", density=0.4, block_size=32)
+    enable_sparse_attention(pipe, "auto", density=0.4, block_size=32)
     alone = generate(pipe)
     generate(pipe, prompt=["a", "b"])
     assert generate(pipe).equal(alone)

@@ -35,6 +35,7 @@ from .window import Window
 from .xattention import XAttention
 
 METHODS: dict[str, type[SparseConfig]] = {
+    "auto": Auto,
     "adaspa": AdaSpa,
     "adaspa-sampled": AdaSpaSampled,
     "draftattention": DraftAttention,
@@ -42,7 +43,6 @@ METHODS: dict[str, type[SparseConfig]] = {
     "sparse-vdit": SparseVDiT,
     "dfsattn": DFSAttn,
     "sol-attn": SolAttn,
-    "auto-preview": Auto,  # what method="auto" will mean
     "random": RandomBlocks,
     "window": Window,
     "svg": SparseVideoGen,
@@ -68,11 +68,10 @@ METHODS: dict[str, type[SparseConfig]] = {
     "rtpurbo": RTPurbo,
     "seerattention": SeerAttention,
 }
-AUTO = "adaspa"  # what method="auto" means
 
 
 def method_class(name: str) -> type[SparseConfig] | None:
     """The class that a name or the file of an own rule stands for; None where it is not known."""
     if name.endswith(SUFFIX):
         return method_in_file(name)
-    return METHODS.get(AUTO if name == "auto" else name)
+    return METHODS.get(name)
