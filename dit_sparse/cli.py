@@ -384,6 +384,59 @@ def list_methods(as_json: Json = False, debug: Debug = False) -> None:
         print(f"    {name}: {reason}")
 
 
+@app.command("bench")
+def bench_attention(
+    shape: Annotated[
+        str | None,
+        typer.Option(help="small, wan-1.3b-480p, wan-14b-720p, hunyuanvideo-720p, cogvideox-5b."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="In place of the shape's.")] = None,
+    heads: Annotated[int | None, typer.Option(help="In place of the shape's.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Of a head, in place of the shape's.")] = None,
+    density: Annotated[float, typer.Option(help="Share of blocks that are read.")] = 0.2,
+    block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time attention calls here: the fastest dense one, each engine's sparse one, the search."""
+    with told(USAGE, debug):
+        from .bench import SHAPES, bench, summary
+        from .config import SparseConfig
+        from .loading import choose_device, choose_dtype
+
+        device = choose_device(device)
+        name = shape or ("small" if device == "cpu" else "wan-1.3b-480p")
+        if name not in SHAPES:
+            raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {name!r}")
+        given = {"tokens": tokens, "heads": heads, "dim": dim}
+        for option, number in given.items():
+            if number is not None and number < 1:
+                raise ValueError(f"--{option} must be at least 1, got {number}")
+        size = SHAPES[name]._replace(**{k: v for k, v in given.items() if v is not None})
+        SparseConfig(density=density, block_size=block_size)  # checks
+        kind = choose_dtype(dtype, device)
+    with told(FAILURE, debug):
+        rows = summary(list(bench(size, density, block_size, device, kind)), size, density)
+    if as_json:
+        print(json.dumps({"shape": size._asdict(), "density": density, "rows": rows}))
+        return
+    print(f"{size.tokens} tokens, {size.heads} heads of {size.dim}, {kind}, density {density:g}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "", "ms", "TFLOP/s", "of fastest dense"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for row in rows:
+        figures = row.get("error", "-"), "", ""
+        if row["seconds"]:
+            rate = f"{row['tflops']:.3g}" if "tflops" in row else ""
+            figures = f"{row['seconds'] * 1e3:.3g}", rate, f"{1 / row['times_dense']:.3f}"
+        table.add_row(row["part"], row["name"], *figures)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    if device == "cpu":
+        print("No GPU here: these are times of plain torch. The kernels are Triton's, for GPUs.")
+
+
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """What is installed here, which engines run, and what will be used."""
