@@ -17,6 +17,7 @@ from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .patterns import METHODS, method_class
 from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
+from .preset import SUFFIX, read_preset
 from .report import Report, make_report
 from .state import Call, State
 from .step import LayerAttention, register_layer
@@ -46,8 +47,9 @@ def enable_sparse_attention(
 
     Args:
         pipe: a diffusers pipeline (`supported_pipelines()`), or one of its transformers.
-        method: a name out of `available_methods()`, a config such as `AdaSpa(density=0.3)`, or a
-            Python file with a rule of your own, such as "my_rule.py".
+        method: a name out of `available_methods()`, a config such as `AdaSpa(density=0.3)`, a
+            preset of `dit-sparse calibrate --psnr`, such as "preset.json", or a Python file with a
+            rule of your own, such as "my_rule.py".
         measure: also measure the kept softmax mass at every sparse step (a few percent slower).
         num_steps: denoising steps in all; only needed for a bare transformer.
         keep_padding: keep the padded text of HunyuanVideo, masked as in the stock pipeline. It is
@@ -290,6 +292,9 @@ def make_config(method: str | SparseConfig, options: dict) -> tuple[SparseConfig
     if isinstance(method, SparseConfig):
         cls, given = type(method), method.to_dict()
         name = next((name for name, other in METHODS.items() if other is cls), cls.__name__)
+    elif str(method).endswith(SUFFIX):
+        preset = read_preset(str(method))
+        cls, name, given = METHODS[preset.method], preset.method, preset.options
     elif (known := method_class(str(method))) is not None:
         cls, name, given = known, str(method), {}
     else:

@@ -43,7 +43,7 @@ Methods = Annotated[
         "--method",
         "-m",
         help="NAME or NAME:OPTION=VALUE,... such as adaspa:density=0.1. Repeatable. "
-        "A NAME that ends in .py is a file with a rule of your own.",
+        "A NAME that ends in .py is a file with a rule of your own, in .json a preset.",
     ),
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.")]
@@ -251,6 +251,10 @@ def calibrate_modes(
         float | None, typer.Option(help="Above it a head stays dense, 0.25.")
     ] = None,
     updates: Annotated[int | None, typer.Option(help="Of a gate at each call, 10.")] = None,
+    psnr: Annotated[
+        float | None,
+        typer.Option(help="In dB: find the cheapest auto that is so near to dense, a preset."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -259,7 +263,19 @@ def calibrate_modes(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Search the modes of `sparse-vdit`, or distil the gates of `seerattention`: one generation."""
+    """Search the modes of `sparse-vdit`, distil the gates of `seerattention`, or find a preset."""
+    if psnr is not None:
+        with told(USAGE, debug):
+            only_auto = method, density, order, weight, epsilon, updates
+            if only_auto != ("sparse-vdit", None, None, None, None, None):
+                raise ValueError("--psnr tries settings of auto: leave the options of methods out")
+            given = read_prompts(prompt, prompt_file)
+            changes = call_changes(steps, guidance, height, width, frames)
+            pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
+            out = out or Path("preset.json")
+        with told(FAILURE, debug):
+            save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
+        return
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
         from .distil import Distillation, distil
@@ -298,6 +314,32 @@ def calibrate_modes(
         print(json.dumps({"table": str(out), "shares": shares}))
         return
     print(f"{out}: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
+
+
+def save_preset(
+    pipe: Any,
+    call: dict[str, Any],
+    clips: list[tuple[str, int]],
+    psnr: float,
+    out: Path,
+    as_json: bool,
+) -> None:
+    from .compare import environment
+    from .generation import prepare_file
+    from .preset import find_preset
+
+    prepare_file(out)
+    say = (lambda text: None) if as_json else print
+    preset, trials = find_preset(pipe, call, clips, psnr, say)
+    if preset is None:
+        raise ValueError(
+            f"no setting of auto that is cheaper than dense reaches {psnr:g} dB here (tried up to"
+            f" cost {trials[-1].effective_cost:.2f}, {trials[-1].psnr:.1f} dB): generate densely"
+        )
+    preset.evidence |= {"pipeline": type(pipe).__name__, "environment": environment(pipe)}
+    preset.save(out)
+    told = {"preset": str(out), "options": preset.options}
+    print(json.dumps(told) if as_json else f"{out}: use it as --method {out}")
 
 
 @app.command("profile")

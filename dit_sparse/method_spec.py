@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .patterns.from_file import SUFFIX
-
 DENSE = "dense"
+FILES = ".py", ".json"  # a rule of one's own, a preset
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
     """
     name, _, rest = text.partition(":")
     name = name.strip()
-    spec = MethodSpec(text, name if name.endswith(SUFFIX) else name.lower(), parse_options(rest))
+    spec = MethodSpec(text, name if name.endswith(FILES) else name.lower(), parse_options(rest))
     if not (allow_dense and spec.name == DENSE):
         from .api import make_config
 

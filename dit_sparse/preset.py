@@ -1,0 +1,141 @@
+"""Presets: the cheapest setting that keeps a pipeline's videos as near to dense as asked.
+
+A preset is a JSON file: `method`, `options`, and as evidence what was tried on which pipeline and
+call, with PSNR and cost. `enable_sparse_attention(pipe, "preset.json")` reads it; the evidence is
+for people.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .generation import Clip, generate_clip, write_json
+from .method_spec import MethodSpec
+from .metrics import as_clip, psnr
+from .patterns import METHODS
+
+SUFFIX = ".json"
+SCHEMA = 1
+IDENTICAL_DB = 100.0  # stands for an infinite PSNR
+# Of `auto`, from cheap to dear; of each cost the best on the small pipelines.
+LADDER: tuple[dict[str, Any], ...] = tuple(
+    {"density": density, "search_at": search_at}
+    for density, search_at in (
+        (0.05, (0.0, 0.33, 0.67)),
+        (0.05, (0.12, 0.41, 0.71)),
+        (0.1, (0.12, 0.41, 0.71)),
+        (0.1, (0.24, 0.49, 0.75)),
+        (0.2, (0.24, 0.49, 0.75)),
+        (0.35, (0.24, 0.49, 0.75)),
+        (0.35, (0.36, 0.57, 0.79)),
+    )
+)
+
+
+@dataclass
+class Trial:
+    """One setting, and what came of it on all prompts."""
+
+    options: dict[str, Any]
+    psnr: float  # mean over prompts, dB against dense
+    psnr_per_clip: list[float]
+    effective_cost: float
+
+
+@dataclass
+class Preset:
+    """A method, its options, and why."""
+
+    method: str
+    options: dict[str, Any]
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
+
+
+def read_preset(path: str | Path) -> Preset:
+    """The preset in a file.
+
+    Raises:
+        ValueError: no such file, or not a preset.
+    """
+    file = Path(path).expanduser()
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        preset = Preset(stored["method"], dict(stored["options"]))
+        known = stored["schema"] == SCHEMA and preset.method in METHODS
+    except OSError as error:
+        raise ValueError(f"cannot read the preset {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no preset of dit-sparse calibrate --psnr: {error!r}"
+        ) from error
+    if not known:
+        raise ValueError(f"{file} is a preset of another version of dit_sparse: calibrate again")
+    return preset
+
+
+def find_preset(
+    pipe: Any,
+    call: dict[str, Any],
+    clips: list[tuple[str, int]],
+    wanted: float,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Preset | None, list[Trial]]:
+    """The cheapest rung of `LADDER` whose mean PSNR is at least `wanted`, by bisection.
+
+    Args:
+        call: keyword arguments of the pipeline. clips: prompts and their seeds.
+        say: told of each trial.
+
+    Returns:
+        The preset, None where no rung that is cheaper than dense reaches it, and all trials.
+    """
+    dense = [generate_clip(pipe, prompt, seed, call).frames for prompt, seed in clips]
+    trials: dict[int, Trial] = {}
+    low, high = 0, len(LADDER)  # the answer is in low..high, and high means none
+    while low < high:
+        rung = (low + high) // 2
+        trials[rung] = try_setting(pipe, call, clips, dense, LADDER[rung])
+        say(described(trials[rung]))
+        if trials[rung].psnr >= wanted:
+            high = rung
+        else:
+            low = rung + 1
+    tried = [trials[rung] for rung in sorted(trials)]
+    if low == len(LADDER) or trials[low].effective_cost >= 1:
+        return None, tried
+    evidence = {
+        "call": call,
+        "clips": clips,
+        "wanted_psnr": wanted,
+        "trials": [*map(asdict, tried)],
+    }
+    return Preset("auto", LADDER[low], evidence), tried
+
+
+def try_setting(
+    pipe: Any,
+    call: dict[str, Any],
+    clips: list[tuple[str, int]],
+    dense: list[np.ndarray],
+    options: dict[str, Any],
+) -> Trial:
+    spec = MethodSpec("auto", "auto", options)
+    found: list[Clip] = [
+        generate_clip(pipe, prompt, seed, call, spec, measure=False) for prompt, seed in clips
+    ]
+    pairs = [(as_clip(a), as_clip(b.frames)) for a, b in zip(dense, found)]
+    each = [psnr(a, b) or IDENTICAL_DB for a, b in pairs]
+    cost = [clip.sparse.effective_cost for clip in found]
+    return Trial(options, sum(each) / len(each), each, sum(cost) / len(cost))
+
+
+def described(trial: Trial) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in trial.options.items())
+    return f"{options}: {trial.psnr:.1f} dB at cost {trial.effective_cost:.2f}"
