@@ -10,7 +10,8 @@ the same settings is left out. All prompts and seeds of a setting go in one batc
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
-and block size are each method's own default. Velocity error is not measured.
+and block size are each method's own default. `velocity_error` is of single steps, from dense's
+latents (velocity.py).
 """
 
 import argparse
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 from boxed import open_boxed, two_dense_runs  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
+from velocity import DenseTrajectory  # noqa: E402
 
 from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
@@ -94,18 +96,21 @@ class Runner:
         """Dense clips, and how long their attention takes."""
         self.tuning.dense = self.latents(self.tuning)
         self.test.dense = self.frames(self.test)
+        self.trajectory = DenseTrajectory(
+            self.pipe.transformer, lambda **more: self.generate(self.tuning, "latent", **more)
+        )
         with enable_sparse_attention(self.pipe, density=1.0):
             self.latents(self.test)  # not the first call, which loads things
             self.dense_seconds, _ = self.timed(self.test)
 
-    def generate(self, clips, output_type, seed_offset=0):
+    def generate(self, clips, output_type, seed_offset=0, **more):
         generators = [
             torch.Generator().manual_seed(i % clips.seeds + seed_offset)
             for i in range(len(clips.prompts))
         ]
         with torch.no_grad():
             return self.pipe(
-                clips.prompts, generator=generators, output_type=output_type, **self.call
+                clips.prompts, generator=generators, output_type=output_type, **self.call, **more
             ).frames
 
     def latents(self, clips):
@@ -138,6 +143,8 @@ class Runner:
         with enable_sparse_attention(self.pipe, config, measure=True) as handle:
             self.latents(self.tuning)
             kept_mass = handle.report().kept_mass
+        with enable_sparse_attention(self.pipe, config):
+            velocity_error = self.trajectory.error()
         return {
             **self.compare(frames),
             "method": method,
@@ -146,6 +153,7 @@ class Runner:
             "effective_time": seconds / self.dense_seconds,
             "density": report.density,
             "kept_mass": kept_mass,
+            "velocity_error": velocity_error,
             "peak_cache_bytes": report.peak_cache_bytes,
             **more,
         }
