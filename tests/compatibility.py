@@ -15,9 +15,10 @@ FAMILIES = "Wan", "HunyuanVideo", "CogVideoX"
 NOT_TESTED = "not tested"
 HEAD = """# What it composes with
 
-Features of diffusers beside sparse attention on tiny random pipelines on a CPU, and what a test found: `passing`,
-`refused` with an error that says what to do, or `not tested`. `python tests/compatibility.py` runs the tests and
-writes this page. What a feature saves or costs beside sparse attention is not in it.
+Features of diffusers beside sparse attention, on tiny random pipelines on a CPU, and what tests
+found: `passing`, `refused` with an error that says what to do, or `not tested`.
+`python tests/compatibility.py` runs the tests and writes this page. What a feature saves or costs
+beside sparse attention is not in it.
 
 """
 
@@ -58,23 +59,21 @@ class Cells:
             cells = (self.cell(feature, family) for family in FAMILIES)
             lines.append(f"| {feature} | {' | '.join(cells)} |")
         refused = [f"- **{feature}**: `{text}`" for feature, text in self.refusals.items()]
-        return HEAD + "\n".join([*lines, "", "Refused:", "", *refused, "", *NOTES])
+        return HEAD + "\n".join([*lines, "", "Refused:", "", *refused, "", NOTES])
 
 
-NOTES = (
-    "One call a step is a run without guidance, guidance that is embedded (HunyuanVideo), or both",
-    "prompts in one batch (CogVideoX). CPU offload by accelerate moves weights to an accelerator:",
-    "what is tested is that its hooks, with the CPU in the place of one, change nothing.",
-    "",
-    "What is kept between steps stays on the device of the model and is freed at the end of a run and",
-    "after an error inside the transformer; after an error elsewhere in the loop, such as in a callback,",
-    "when the next run begins or at `disable()`. It cannot be moved to the CPU. `max_cache_bytes` refuses",
-    "more at the first step, and a report gives `peak_cache_bytes`.",
-    "",
-    "With `DIT_SPARSE=0` in the environment `enable_sparse_attention` changes nothing. Two threads that",
-    "call one transformer at the same time are both refused.",
-    "",
-)
+NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or with both
+prompts in one batch (CogVideoX). CPU offload moves weights to an accelerator: what is tested is
+that its hooks, with the CPU in the place of one, change nothing.
+
+What is kept between steps stays on the device of the model; it cannot be kept on the CPU. It is
+freed at the end of a run and after an error inside the transformer; after an error elsewhere in the
+loop, such as in a callback, when the next run begins or at `disable()`. `max_cache_bytes` refuses
+more at the first step, and a report gives `peak_cache_bytes`.
+
+With `DIT_SPARSE=0` in the environment `enable_sparse_attention` changes nothing and says so. Two
+threads that call one transformer at the same time are both refused.
+"""
 
 
 def documented_cells() -> set[tuple[str, str]]:
