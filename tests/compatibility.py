@@ -62,8 +62,9 @@ class Cells:
         return HEAD + "\n".join([*lines, "", "Refused:", "", *refused, "", NOTES])
 
 
-NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or with both
-prompts in one batch (CogVideoX). CPU offload moves weights to an accelerator: what is tested is
+NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or with
+both prompts in one batch (CogVideoX). diffusers names no repeated blocks for CogVideoX; each of its
+blocks was compiled. FasterCache fails on Wan and HunyuanVideo without sparse attention, too. CPU offload moves weights to an accelerator: what is tested is
 that its hooks, with the CPU in the place of one, change nothing.
 
 What is kept between steps stays on the device of the model; it cannot be kept on the CPU. It is
