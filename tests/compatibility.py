@@ -62,10 +62,11 @@ class Cells:
         return HEAD + "\n".join([*lines, "", "Refused:", "", *refused, "", NOTES])
 
 
-NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or with
-both prompts in one batch (CogVideoX). diffusers names no repeated blocks for CogVideoX; each of its
-blocks was compiled. FasterCache fails on Wan and HunyuanVideo without sparse attention, too. CPU offload moves weights to an accelerator: what is tested is
-that its hooks, with the CPU in the place of one, change nothing.
+NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or
+with both prompts in one batch (CogVideoX). diffusers names no repeated blocks for CogVideoX; each
+of its blocks was compiled. FasterCache fails on Wan and HunyuanVideo without sparse attention,
+too. CPU offload moves weights to an accelerator: what is tested is that its hooks, with the CPU in
+the place of one, change nothing.
 
 What is kept between steps stays on the device of the model; it cannot be kept on the CPU. It is
 freed at the end of a run and after an error inside the transformer; after an error elsewhere in the
