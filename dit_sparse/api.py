@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import refuse_missing
+from .caches import refuse_faster_cache, refuse_shared_broadcast
 from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
+from .one_thread import OneThread
 from .patterns import METHODS, method_class
 from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .preset import SUFFIX, read_preset
@@ -43,7 +46,8 @@ def enable_sparse_attention(
 ) -> "SparseAttention":
     """Make the self-attention of a pipeline's transformers sparse, in place.
 
-    Enabling again replaces the method. Call it before `torch.compile`. Inference only.
+    Enabling again replaces the method. Call it before `torch.compile`. Inference only. With
+    DIT_SPARSE=0 in the environment it changes nothing and says so.
 
     Args:
         pipe: a diffusers pipeline (`supported_pipelines()`), or one of its transformers.
@@ -65,7 +69,7 @@ def enable_sparse_attention(
         ValueError: an unknown method, an argument or option with a value that is not allowed, or
             a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
-        RuntimeError: the transformer is compiled, or sharded over several GPUs.
+        RuntimeError: the transformer is compiled, sharded over several GPUs, or has FasterCache.
     """
     config, name = make_config(method, options)
     flag("measure", measure)
@@ -75,9 +79,13 @@ def enable_sparse_attention(
     if config.engine != "auto":
         refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
+    if os.environ.get("DIT_SPARSE") == "0":
+        logger.warning("DIT_SPARSE=0 in the environment: attention stays dense")
+        return SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)
     _refuse_compiled(pipe)
     for transformer, _ in transformers:
         _refuse_sharded(transformer)
+        refuse_faster_cache(transformer)
     for handle in _handles(pipe):
         handle.disable()
         if handle.enabled_on() is not pipe:
@@ -127,7 +135,8 @@ class SparseAttention:
 
     @property
     def enabled(self) -> bool:
-        return all(vars(i.transformer).get(_HANDLE) is self for i in self._installed)
+        on = [vars(i.transformer).get(_HANDLE) is self for i in self._installed]
+        return bool(on) and all(on)  # none are installed with DIT_SPARSE=0
 
     def report(self) -> Report:
         """Figures of the last generation; kept after `disable`."""
@@ -186,14 +195,15 @@ class Installation:
     ):
         self.handle, self.transformer, self.family = handle, transformer, family
         self.config, self.state = handle.config, State()
-        self.denoising = Denoising(pipe, num_steps)
+        self.denoising, self.one_thread = Denoising(pipe, num_steps), OneThread(pipe)
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.swaps: list[Swap] = []
         with ExitStack() as undo:  # what is done so far is undone if the rest fails
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
-            undo.callback(self.denoising.watch(transformer, on_end=self.state.drop))
+            watched = self.denoising.watch(transformer, self.one_thread.enter, self._end_run)
+            undo.callback(watched)
             for module in family.self_attentions(transformer):
                 undo.callback(self._install_processor(module, measure))
             self.state.layers = len(self.layers)
@@ -219,6 +229,8 @@ class Installation:
     def _before_call(
         self, transformer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
+        self.one_thread.enter()
+        refuse_faster_cache(transformer)
         given = dict(zip(self.argument_names, args)) | kwargs
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
@@ -228,6 +240,8 @@ class Installation:
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
+        if len(self.state.last) > 1:
+            refuse_shared_broadcast(swap.module for swap in self.swaps)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
@@ -236,6 +250,10 @@ class Installation:
             )
         changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
+
+    def _end_run(self) -> None:
+        self.state.drop()
+        self.one_thread.end()
 
     def _tell_of_forced_blocks(self, grid: VideoGrid) -> None:
         """They count towards the density; where they alone are more, it cannot be kept."""

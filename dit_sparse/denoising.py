@@ -126,19 +126,23 @@ class Denoising:
     def reset(self) -> None:
         self._step, self._time, self._calls_in_step = -1, None, 0
 
-    def watch(self, transformer: Any, on_end: Callable[[], None]) -> Callable[[], None]:
+    def watch(
+        self, transformer: Any, on_call: Callable[[], None], on_end: Callable[[], None]
+    ) -> Callable[[], None]:
         """Shadow two methods on the instance; returns how to undo it.
 
         A diffusers hook would wrap `forward` to learn the same, and be dropped or drop others when
         offloading wraps it too.
 
         Args:
+            on_call: called first of all at each call in a context.
             on_end: called when the pipeline says that its run has ended.
         """
         original, reset = transformer.cache_context, transformer._reset_stateful_cache
 
         @contextlib.contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
+            on_call()
             self._branch, self._fields = name, fields
             try:
                 with original(name, **fields):

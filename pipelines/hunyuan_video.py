@@ -188,7 +188,8 @@ def hooks_with_cut(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
     """`hooks`, and the cut of the text behind the token refiner."""
 
     def cut(module, args, output: Tensor) -> Tensor:  # (B, text, C)
-        return output[:, : call.grid.text_tokens]
+        # A copy has the strides that later blocks get, so that one graph serves all of them.
+        return output[:, : call.grid.text_tokens].clone(memory_format=torch.contiguous_format)
 
     yield from hooks(transformer, call)
     yield transformer.context_embedder.register_forward_hook(cut).remove

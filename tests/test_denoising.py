@@ -88,7 +88,7 @@ def test_a_run_of_another_pipeline_is_refused():
 def test_a_run_of_another_pipeline_after_one_that_failed_is_refused():
     pipe, transformer = Pipeline(), Transformer()
     model = Denoising(pipe, None)
-    model.watch(transformer, on_end=lambda: None)
+    model.watch(transformer, on_call=lambda: None, on_end=lambda: None)
     pipe._current_timestep = torch.tensor(900.0)
     with pytest.raises(KeyError), transformer.cache_context("cond"):
         model.read(pipe._current_timestep)

@@ -1,0 +1,60 @@
+"""Tiny pipelines of three families for tests of what is used beside sparse attention."""
+
+import pytest
+import torch
+from tiny import CALL, tiny_wan
+from tiny_joint import PIPELINES
+
+from dit_sparse import enable_sparse_attention
+
+FAMILIES = "Wan", "HunyuanVideo", "CogVideoX"
+SPARSE = {"density": 0.4, "block_size": 32, "search_at": (0.2, 0.6)}
+STEPS = 5
+
+
+def over_families(feature, *families, **marks):
+    """Run a test on each family, as cells of docs/compatibility.md."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(family, marks=pytest.mark.feature(feature, family, **marks))
+            for family in families or FAMILIES
+        ],
+    )
+
+
+def make(family):
+    return tiny_wan() if family == "Wan" else PIPELINES[family][0]()
+
+
+def arguments(family, guided=True):
+    if family == "Wan":
+        guidance = {"guidance_scale": 3.0 if guided else 1.0}
+        return CALL | guidance | {"prompt": "a red ball", "max_sequence_length": 16}
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(7)
+    call = PIPELINES[family][1](1, guided)
+    torch.set_rng_state(generator_state)
+    return call
+
+
+def generate(pipe, family, guided=True, **call):
+    given = {"num_inference_steps": STEPS, "output_type": "latent"} | call
+    return pipe(
+        **arguments(family, guided) | given, generator=torch.Generator().manual_seed(0)
+    ).frames
+
+
+def sparse(family, change=None, order="after", guided=True):
+    """Frames and handle of a run with sparse attention, with a change before or after enabling."""
+    pipe = make(family)
+    if change is not None and order == "before":
+        change(pipe)
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    if change is not None and order == "after":
+        change(pipe)
+    return generate(pipe, family, guided), handle
+
+
+def self_attentions(handle):
+    return [swap.module for installed in handle._installed for swap in installed.swaps]

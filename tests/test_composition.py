@@ -1,0 +1,212 @@
+"""Sparse attention beside what diffusers users do already: compile, offload, tiling, casting."""
+
+import logging
+import threading
+from functools import cache
+
+import accelerate
+import pytest
+import torch
+from composed import FAMILIES, SPARSE, generate, make, over_families, sparse
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dit_sparse import enable_sparse_attention
+
+ORDERS = pytest.mark.parametrize("order", ["before", "after"])
+CPU = torch.device("cpu")
+
+
+@cache
+def plain_sparse(family):
+    return sparse(family)[0]
+
+
+def offload(kind):
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    return lambda pipe: pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type=kind, **groups
+    )
+
+
+@ORDERS
+@over_families("group offload, blocks")
+def test_group_offload_of_blocks(family, order):
+    plain = plain_sparse(family)
+    assert sparse(family, offload("block_level"), order)[0].equal(plain)
+
+
+@ORDERS
+@over_families("group offload, leaves")
+def test_group_offload_of_leaves(family, order):
+    plain = plain_sparse(family)
+    assert sparse(family, offload("leaf_level"), order)[0].equal(plain)
+
+
+def sequential_offload(pipe):
+    for part in pipe.components.values():  # where one were left out, pipelines run on "meta"
+        if isinstance(part, torch.nn.Module):
+            accelerate.cpu_offload(part, execution_device=CPU)
+
+
+def model_offload(pipe):
+    accelerate.cpu_offload_with_hook(pipe.transformer, execution_device=CPU)
+
+
+@ORDERS
+@over_families("sequential CPU offload (hooks alone)")
+def test_sequential_cpu_offload(family, order):
+    plain = plain_sparse(family)
+    assert sparse(family, sequential_offload, order)[0].equal(plain)
+
+
+@ORDERS
+@over_families("model CPU offload (hooks alone)")
+def test_model_cpu_offload(family, order):
+    plain = plain_sparse(family)
+    assert sparse(family, model_offload, order)[0].equal(plain)
+
+
+@over_families("VAE tiling")
+def test_vae_tiling(family):
+    """Tiles smaller than the video, so that they are cut."""
+
+    def run(enabled):
+        pipe = make(family)
+        tile = 32 if family == "Wan" else 24
+        pipe.vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
+        if enabled:
+            enable_sparse_attention(pipe, density=1.0, keep_padding=True)
+        return generate(pipe, family, output_type="pt")
+
+    assert run(True).equal(run(False))
+
+
+@ORDERS
+@over_families("layerwise casting to fp8")
+def test_weights_in_fp8(family, order):
+    """As far from its own dense output in fp8 as sparse attention is without fp8, or so."""
+
+    def cast(pipe):
+        pipe.transformer.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+        )
+
+    reference = make(family)
+    cast(reference)
+    dense = generate(reference, family)
+    pipe = make(family)
+    if order == "before":
+        cast(pipe)
+    enable_sparse_attention(pipe, density=1.0, keep_padding=True)
+    if order == "after":
+        cast(pipe)
+    assert generate(pipe, family).equal(dense)
+    frames, handle = sparse(family, cast, order)
+    assert not frames.equal(dense) and handle.report().reuse_calls > 0
+
+
+def compile_blocks(pipe, counter):
+    if pipe.transformer._repeated_blocks:
+        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        return
+    for block in pipe.transformer.transformer_blocks:  # CogVideoX: diffusers names none
+        block.compile(backend=counter, fullgraph=True)
+
+
+@pytest.mark.slow
+@over_families("compile_repeated_blocks")
+def test_blocks_compile_to_as_many_graphs_as_without_us(family):
+    """And to no more at later steps, in other layers or with other masks."""
+    eager, _ = sparse(family, guided=False)
+    graphs = []
+    for enabled in (False, True):
+        torch._dynamo.reset()
+        counter, pipe = CompileCounterWithBackend("eager"), make(family)
+        handle = enable_sparse_attention(pipe, **SPARSE) if enabled else None
+        compile_blocks(pipe, counter)
+        generate(pipe, family, guided=False, num_inference_steps=1)
+        graphs.append(counter.frame_count)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert (generate(pipe, family, guided=False) - eager).abs().max() < 1e-5
+    assert {entry["kind"] for entry in handle.report().trace} == {"dense", "search", "reuse"}
+    cut = family == "HunyuanVideo"  # of the text, a hook behind the token refiner
+    assert graphs[0] + cut == graphs[1] == counter.frame_count
+
+
+@pytest.mark.slow
+@over_families("torch.compile")
+def test_the_whole_transformer_compiles_once(family):
+    eager, _ = sparse(family, guided=False)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    pipe = make(family)
+    enable_sparse_attention(pipe, **SPARSE)
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter)
+    generate(pipe, family, guided=False, num_inference_steps=1)
+    graphs = counter.frame_count
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert (generate(pipe, family, guided=False) - eager).abs().max() < 1e-5
+    assert graphs == counter.frame_count > 0
+
+
+def test_the_environment_turns_it_off(monkeypatch, caplog):
+    monkeypatch.setenv("DIT_SPARSE", "0")
+    stock = generate(make("Wan"), "Wan")
+    pipe = make("Wan")
+    before = pipe.transformer.attn_processors
+    with caplog.at_level(logging.WARNING, logger="dit_sparse"):
+        handle = enable_sparse_attention(pipe, **SPARSE)
+    assert [m for m in caplog.messages if "DIT_SPARSE=0" in m] == caplog.messages
+    assert pipe.transformer.attn_processors == before and not handle.enabled
+    assert generate(pipe, "Wan").equal(stock)
+    assert handle.report().trace == []
+    handle.disable()
+
+
+def in_thread(work):
+    """Run in another thread; the error it ended with."""
+    errors = []
+
+    def run():
+        try:
+            work()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_threads_at_once_are_both_refused(family):
+    pipe = make(family)
+    enable_sparse_attention(pipe, **SPARSE)
+    expected = generate(pipe, family)
+    seen = []
+
+    def second_run(pipe, step, timestep, kwargs):
+        if step == 2:
+            seen.extend(in_thread(lambda: generate(pipe, family)))
+        return kwargs
+
+    with pytest.raises(RuntimeError, match="two threads"):
+        generate(pipe, family, callback_on_step_end=second_run)
+    assert ["two threads" in str(error) for error in seen] == [True]
+    assert generate(pipe, family).equal(expected)
+
+
+def test_threads_that_take_turns_are_served_also_after_a_run_that_was_given_up():
+    pipe = make("Wan")
+    enable_sparse_attention(pipe, **SPARSE)
+    expected = generate(pipe, "Wan")
+
+    def give_up(*args):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        generate(pipe, "Wan", callback_on_step_end=give_up)
+    frames = []
+    assert in_thread(lambda: frames.append(generate(pipe, "Wan"))) == []
+    assert frames[0].equal(expected) and generate(pipe, "Wan").equal(expected)

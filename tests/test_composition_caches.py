@@ -1,0 +1,170 @@
+"""Step caches of diffusers beside sparse attention: steps are counted right, masks found where a
+cache let the layer run, and what cannot be right is refused."""
+
+import diffusers
+import pytest
+import torch
+from composed import SPARSE, generate, make, over_families, self_attentions, sparse
+
+from dit_sparse import enable_sparse_attention
+
+ORDERS = pytest.mark.parametrize("order", ["before", "after"])
+EVERYWHERE = (-1, 1001)
+
+
+def first_block(threshold):
+    return lambda pipe: pipe.transformer.enable_cache(
+        diffusers.FirstBlockCacheConfig(threshold=threshold)
+    )
+
+
+def mag_cache(pipe):
+    pipe.transformer.enable_cache(
+        diffusers.hooks.MagCacheConfig(
+            num_inference_steps=5,
+            mag_ratios=torch.ones(5),
+            threshold=0.5,
+            max_skip_steps=2,
+            retention_ratio=0.2,
+        )
+    )
+
+
+def taylor_seer(pipe):
+    pipe.transformer.enable_cache(
+        diffusers.hooks.TaylorSeerCacheConfig(
+            cache_interval=2,
+            max_order=1,
+            disable_cache_before_step=2,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=[r"^[a-z_]*blocks\.\d+\.attn1?$"],  # the default knows no attn1
+        )
+    )
+
+
+def broadcast(pipe):
+    pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=EVERYWHERE,
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+
+
+def faster_cache(pipe):
+    pipe.transformer.enable_cache(
+        diffusers.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=EVERYWHERE,
+            current_timestep_callback=lambda: pipe.current_timestep,
+            attention_weight_callback=lambda _: 0.3,
+        )
+    )
+
+
+def check_kinds(family, change, order, guided=True):
+    """The report against a count of our own: calls of each layer, and the steps of the loop."""
+    pipe = make(family)
+    if order == "before":
+        change(pipe)
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    if order == "after":
+        change(pipe)
+    ran, now = [], [0]
+    for layer, module in enumerate(self_attentions(handle)):
+        swap = handle._installed[0].swaps[layer].ours
+        # The processor runs exactly where no cache stood in front of it.
+        module.to_q.register_forward_pre_hook(lambda *a, layer=layer: ran.append((now[0], layer)))
+        assert module.processor is swap
+
+    def count(pipe, step, timestep, kwargs):
+        now[0] = step + 1
+        return kwargs
+
+    frames = generate(pipe, family, guided, callback_on_step_end=count)
+    trace = handle.report().trace
+    assert [(entry["step"], entry["layer"]) for entry in trace] == ran
+    found = {}
+    for entry in trace:
+        place = entry["branch"], entry["layer"]
+        due = [step for step in (1, 3) if step <= entry["step"]]  # fractions 0.2 and 0.6 of 5
+        kind = "dense"
+        if due:
+            kind = "search" if found.get(place, -1) < due[-1] else "reuse"
+        if kind == "search":
+            found[place] = entry["step"]
+        assert entry["kind"] == kind, entry
+    return frames, trace
+
+
+@ORDERS
+@over_families("FirstBlockCache")
+def test_first_block_cache_that_skips_nothing_changes_nothing(family, order):
+    frames, _ = sparse(family, first_block(0.0), order)
+    assert frames.equal(sparse(family)[0])
+
+
+@ORDERS
+@over_families("FirstBlockCache")
+def test_first_block_cache_that_skips_all_it_can(family, order):
+    _, trace = check_kinds(family, first_block(1e9), order)
+    assert {entry["step"] for entry in trace if entry["layer"] > 0} == {0}
+    assert {entry["step"] for entry in trace if entry["layer"] == 0} == set(range(5))
+
+
+@ORDERS
+@over_families("MagCache")
+def test_mag_cache(family, order):
+    _, trace = check_kinds(family, mag_cache, order)
+    assert {entry["step"] for entry in trace} < set(range(5))
+
+
+@ORDERS
+@over_families("TaylorSeer")
+def test_taylor_seer(family, order):
+    _, trace = check_kinds(family, taylor_seer, order)
+    assert {entry["step"] for entry in trace} < set(range(5))
+
+
+@ORDERS
+@over_families("PyramidAttentionBroadcast, one call a step")
+def test_broadcast(family, order):
+    """Each layer at every other step, as its definition says."""
+    guided = family == "CogVideoX"  # both prompts in one batch
+    _, trace = check_kinds(family, broadcast, order, guided)
+    assert {entry["step"] for entry in trace} == {0, 2, 4}
+
+
+@ORDERS
+@over_families(
+    "PyramidAttentionBroadcast, two calls a step",
+    "Wan",
+    "HunyuanVideo",
+    refused="RuntimeError: PyramidAttentionBroadcast of diffusers keeps one output for both calls",
+)
+def test_broadcast_over_two_guidance_calls_is_refused(family, order):
+    with pytest.raises(RuntimeError, match="one output for both calls of guidance.*FirstBlockC"):
+        sparse(family, broadcast, order)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@over_families(
+    "FasterCache",
+    refused="RuntimeError: FasterCache of diffusers leaves out half of the batch at some steps",
+)
+def test_faster_cache_is_refused_and_disabling_it_helps(family, order):
+    pipe = make(family)
+    if order == "before":
+        faster_cache(pipe)
+        with pytest.raises(RuntimeError, match="FasterCache.*half of the batch.*disable_cache"):
+            enable_sparse_attention(pipe, **SPARSE)
+        pipe.transformer.disable_cache()
+        enable_sparse_attention(pipe, **SPARSE)
+    else:
+        enable_sparse_attention(pipe, **SPARSE)
+        faster_cache(pipe)
+        with pytest.raises(RuntimeError, match="FasterCache.*half of the batch.*disable_cache"):
+            generate(pipe, family)
+        pipe.transformer.disable_cache()
+    assert generate(pipe, family).equal(sparse(family)[0])
