@@ -15,7 +15,9 @@ The Gluon kernel stands last among the tiles of a sweep; --gluon-cases checks it
 
 Records: shape, engine, block, density, mask, tile, ms, ms_p20, ms_p80, tflops (multiply-adds of
 kept, valid pairs only), ratio_to_dense_best (time over that of the fastest dense engine),
-peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of a case its errors and limits.
+peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of "triton int8" its errors beside
+"triton" (the time has quantisation in it, which "quantize int8" times alone; inputs are random, not
+a model's); of a case its errors and limits.
 Lists are built before the clock starts; "lists", "selection" and "order" are rows of their own.
 What would mislead: inputs are random, so clocks and power are those of random data; see masks.py
 for what the masks leave out.
@@ -74,7 +76,7 @@ SHAPES = [
 SIZES = ((128, 128), (64, 64))
 DENSITIES = (0.5, 0.2, 0.1)
 KINDS = ("random", "real", "uneven")
-SEARCH_CASES = ("case", "mass case", "sampled case", "top-k case", "pool case")
+SEARCH_CASES = ("case", "int8 case", "mass case", "sampled case", "top-k case", "pool case")
 # (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
 CANDIDATES = {
     (128, 128): [
@@ -306,6 +308,7 @@ def kernel_calls(
 ) -> Iterator[tuple[str, Callable[[], Callable], dict[str, Any]]]:
     """(engine, function that builds what belongs to the mask and gives the call, extra facts)."""
     from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
+    from dit_sparse.kernels.quantize import quantize
     from dit_sparse.kernels.tiles import Tile
 
     size = mask.block_size
@@ -323,8 +326,24 @@ def kernel_calls(
             raise ValueError(f"differs from the table's tile by {error}")
         return lambda: ours(tile=tile)
 
+    errors: dict[str, Any] = {}
+
+    def int8() -> Callable:
+        def call():
+            chosen = mask.work_order
+            options = {"block_size": size, "order": chosen, "precision": "int8"}
+            return block_sparse_fwd(q, k, v, *lists(), **options)
+
+        (out, lse), (want, want_lse) = call(), ours()
+        errors["relative_error"] = ((out - want).float().norm() / want.float().norm()).item()
+        errors["max_error"] = (out - want).abs().max().item()
+        errors["lse_error"] = (lse - want_lse).abs().max().item()
+        return call
+
     default = {"tile": list(default_tile(q, k, v, size))}
     yield "triton", lambda: ours, default
+    yield "triton int8", int8, errors
+    yield "quantize int8", lambda: lambda: quantize(q, k, size), {}
     yield "triton unordered", lambda: lambda: ours(order=False), default
     if why_not("fa4", problem(q, size)) is None:
         yield "fa4", lambda: fa4_call(mask, q, k, v), {}
@@ -402,7 +421,9 @@ def mask_rows(bench: Bench, shape: Shape, q, k, v, size, kind, density, sweep) -
         if not bench.wanted(key):
             continue
         with bench.attempt(key):
-            wrong = disagreement(engine.split(" ")[0], problem(q, size))
+            name = engine.replace("quantize", "triton").split(" ")
+            asked = problem(q, size)._replace(precision="int8" if "int8" in name else "full")
+            wrong = disagreement(name[0], asked)
             if wrong:
                 raise ValueError(f"not timed, {wrong}")
             call = prepare()
@@ -476,7 +497,9 @@ def check_cases(bench: Bench) -> None:
     """Every case of the tests on this GPU. Ours gets no time where one is outside the rule."""
     from kernel_cases import (
         CASES,
+        INT8_CASES,
         check_attention,
+        check_int8,
         check_mass,
         check_pool,
         check_sampled,
@@ -487,6 +510,8 @@ def check_cases(bench: Bench) -> None:
     for case in CASES:
         run_case(bench, "case", case.name, partial(check_attention, case, "cuda"))
         run_case(bench, "tail case", case.name, partial(check_tail, case, "cuda"))
+    for case in INT8_CASES:
+        run_case(bench, "int8 case", case.name, partial(check_int8, case, "cuda"))
     run_case(bench, "top-k case", "77 blocks", partial(check_top_k, "cuda"))
     run_case(bench, "top-k case", "1858 blocks", partial(check_top_k, "cuda", 1858))
     for case in CASES:

@@ -189,10 +189,18 @@ class LayerAttention:
         residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
         kv_len = self.state.call.kv_len
-        engine = choose_engine(self.config.engine, query, mask, kv_len)
-        self.state.engines.add(engine)
+        precision = self.config.precision
+        engine = choose_engine(self.config.engine, query, mask, kv_len, precision)
+        self.state.engines.add(engine if precision == "full" else f"{engine} {precision}")
         output, lse = sparse_attention(
-            query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
+            query,
+            key,
+            value,
+            mask,
+            kv_len=kv_len,
+            engine=engine,
+            precision=precision,
+            return_lse=True,
         )
         if not self.config.tail:
             return output, lse

@@ -19,6 +19,7 @@ from dit_sparse.kernels.sampled_mass import sampled_mass
 from dit_sparse.kernels.tail_fwd import tail_fwd
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.kernels.top_k import top_k
+from dit_sparse.reference import rounded_to_int8
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -224,6 +225,56 @@ def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[s
     # A NaN fails both comparisons.
     assert errors["out"] <= errors["out_limit"], f"{case.name}: output {errors}"
     assert errors["lse"] <= errors["lse_limit"], f"{case.name}: LSE {errors}"
+    assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{case.name}: empty rows are not 0"
+    return errors
+
+
+INT8_CASES = [
+    case
+    for case in CASES
+    if case.dtype != FP32 and case.head_dim > 16 and case.name != "sharp-scale"
+]
+
+
+def check_int8(case: Case, device: str) -> dict[str, float]:
+    """Run the kernel in INT8 on `case`, its keys far from 0, against two float64 oracles.
+
+    Of the rounded queries and keys it must be what `check_attention` asks, but for a few elements
+    that may round the other way; of the exact ones, within 2% (root mean square) and 0.05 (LSE).
+    """
+    query, key, value, blocks, kv_len = draw(case, device)
+    key += torch.linspace(-4, 4, case.head_dim, device=device).to(case.dtype)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    mask = token_mask(case, blocks, kv_len)
+    exact, exact_lse = oracle(query, key, value, mask, scale)
+    rounded_query, rounded_key, shift = rounded_to_int8(query, key, case.block_size, kv_len)
+    want, want_lse = oracle(rounded_query, rounded_key, value, mask, scale)
+    want_lse = want_lse + shift.double() * scale
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(SDPBackend.MATH):
+        math = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    math = math.nan_to_num(nan=0.0).transpose(1, 2)
+    if kv_len is not None:
+        for sample, length in enumerate(kv_len.tolist()):
+            key[sample, length:] = value[sample, length:] = float("nan")
+    counts, indices = to_lists(blocks, case.index_dtype)
+    options = {"block_size": case.block_size, "scale": case.scale, "kv_len": kv_len}
+    out, lse = block_sparse_fwd(query, key, value, counts, indices, precision="int8", **options)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    errors = {
+        "out": max_error(out, want),
+        "out_limit": 2 * max_error(math, exact) + 2 * ulp(want, case.dtype) + 2e-3,
+        "lse": max_error(lse, want_lse),
+        "lse_limit": 5e-3,
+        "from_exact": ((out.double() - exact).square().mean() / exact.square().mean())
+        .sqrt()
+        .item(),
+        "lse_from_exact": max_error(lse, exact_lse),
+    }
+    assert errors["out"] <= errors["out_limit"], f"{case.name}: INT8 output {errors}"
+    assert errors["lse"] <= errors["lse_limit"], f"{case.name}: INT8 LSE {errors}"
+    assert errors["from_exact"] <= 0.02, f"{case.name}: INT8 output {errors}"
+    assert errors["lse_from_exact"] <= 0.05, f"{case.name}: INT8 LSE {errors}"
     assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{case.name}: empty rows are not 0"
     return errors
 

@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 from kernel_cases import (  # noqa: E402
     CASES,
     FP32,
+    INT8_CASES,
     Case,
     check_attention,
+    check_int8,
     check_mass,
     check_pool,
     check_sampled,
@@ -96,6 +98,20 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     expected, expected_lse = reference.sparse_attention(query, key, value, packed, **arguments)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@by_name(
+    "d64-bf16", "d128-fp16", "d33-bf16-unaligned", "block-64-128", "one-token-over",
+    "some-rows-empty", "kv-len-inside-big-blocks", "kv-len-shared-lists", "sliced",
+)  # fmt: skip
+def test_int8_is_attention_of_rounded_queries_and_keys(case, path):
+    check_int8(case, DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", INT8_CASES, ids=lambda case: case.name)
+def test_int8_in_every_case(case, path):
+    check_int8(case, DEVICE)
 
 
 def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
@@ -301,6 +317,11 @@ def arguments(**changes):
         ({"value": torch.zeros(1, 99, 2, 64)}, "value must have the shape of key"),
         ({"block_size": (48, 64)}, "block_size must be"),
         ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        (
+            {"precision": "int8"},
+            "takes bfloat16 and float16 and head dims from 17, got torch.float",
+        ),
+        ({"precision": "fp8"}, "precision must be one of full, int8, got 'fp8'"),
         ({"kv_num_blocks": torch.ones(1, 2, 3, dtype=torch.int32)}, r"shape \(1, 2, 2\)"),
         ({"kv_num_blocks": torch.ones(1, 2, 2, dtype=torch.int64)}, "must be torch.int32"),
         ({"kv_indices": torch.zeros(1, 2, 2, 1)}, "torch.int16 or torch.int32"),
