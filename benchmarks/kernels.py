@@ -48,12 +48,8 @@ from environment import environment  # noqa: E402
 from dit_sparse.attention import disagreement  # noqa: E402
 from dit_sparse.block_mask import BlockMask  # noqa: E402
 from dit_sparse.engines import ENGINES, Problem, why_not  # noqa: E402
-from dit_sparse.patterns.select import (  # noqa: E402
-    blocks_of,
-    forced_blocks,
-    most_blocks,
-    top_k_rows,
-)
+from dit_sparse.patterns.adaspa import AdaSpa  # noqa: E402
+from dit_sparse.patterns.select import forced_blocks  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -76,7 +72,15 @@ SHAPES = [
 SIZES = ((128, 128), (64, 64))
 DENSITIES = (0.5, 0.2, 0.1)
 KINDS = ("random", "real", "uneven")
-SEARCH_CASES = ("case", "int8 case", "mass case", "sampled case", "top-k case", "pool case")
+SEARCH_CASES = (
+    "case",
+    "int8 case",
+    "selection case",
+    "mass case",
+    "sampled case",
+    "top-k case",
+    "pool case",
+)
 # (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
 CANDIDATES = {
     (128, 128): [
@@ -484,12 +488,17 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
         grid = masks.VideoGrid(1, 1, shape.tokens - shape.text, shape.text, shape.text_first)
         forced = forced_blocks(grid, size[0], scores.device)
 
-        def select(scores=scores, forced=forced, blocks=blocks, size=size):
-            kept = blocks_of(torch.full(scores.shape[:2], 0.2, device="cuda"), blocks)
-            mask = top_k_rows(scores, kept, forced, most_blocks(0.2, blocks))
+        config = AdaSpa(density=0.2, block_size=size[0])
+
+        def in_torch(scores=scores, forced=forced, size=size, config=config):
+            mask = config.find_in_torch(scores, forced, 0.5).mask
             return BlockMask.from_dense(mask, shape.tokens, shape.tokens, size).bits
 
-        bench.add(shape.name, "selection", select, density=0.2, **block)
+        def packed(scores=scores, forced=forced, config=config):
+            return config.find_packed(scores, forced, shape.tokens, 0.5).mask.bits
+
+        bench.add(shape.name, "selection", packed, density=0.2, **block)
+        bench.add(shape.name, "selection unfused", in_torch, density=0.2, **block)
         del scores
 
 
@@ -503,6 +512,7 @@ def check_cases(bench: Bench) -> None:
         check_mass,
         check_pool,
         check_sampled,
+        check_selection,
         check_tail,
         check_top_k,
     )
@@ -510,6 +520,9 @@ def check_cases(bench: Bench) -> None:
     for case in CASES:
         run_case(bench, "case", case.name, partial(check_attention, case, "cuda"))
         run_case(bench, "tail case", case.name, partial(check_tail, case, "cuda"))
+    run_case(bench, "selection case", "7 blocks", partial(check_selection, "cuda"))
+    many = partial(check_selection, "cuda", tokens=59456, heads=24, density=0.2)
+    run_case(bench, "selection case", "1858 blocks", many)
     for case in INT8_CASES:
         run_case(bench, "int8 case", case.name, partial(check_int8, case, "cuda"))
     run_case(bench, "top-k case", "77 blocks", partial(check_top_k, "cuda"))

@@ -137,8 +137,10 @@ class LayerAttention:
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
         found = config.find(Search(query, key, lse, call.grid, self.layer, *seen))
-        size = (config.block_size, config.block_size)
-        mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
+        mask = found.mask
+        if not isinstance(mask, BlockMask):
+            size = (config.block_size, config.block_size)
+            mask = BlockMask.from_dense(mask, call.grid.tokens, call.grid.tokens, size)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
         mass = None if output is None and config.uses_lse else found.kept_mass
         keeps_lse = config.uses_lse and not corrects  # else the next search runs dense anyway

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse.block_mask import BlockMask
+from dit_sparse.grid import VideoGrid
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
 from dit_sparse.kernels.sampled_mass import sampled_mass
+from dit_sparse.kernels.select_rows import work_order
 from dit_sparse.kernels.tail_fwd import tail_fwd
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.kernels.top_k import top_k
+from dit_sparse.patterns.adaspa import AdaSpa
+from dit_sparse.patterns.select import forced_blocks
 from dit_sparse.reference import rounded_to_int8
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -361,6 +365,32 @@ def check_top_k(device: str, blocks: int = 77, rows: int = 19) -> dict[str, floa
     got = top_k(scores, kept, forced)
     wrong = int((got != want).sum())
     assert wrong == 0, f"top_k: {wrong} blocks are wrong"
+    return {"wrong": wrong}
+
+
+def check_selection(device: str, tokens: int = 200, heads: int = 3, **options) -> dict[str, float]:
+    """AdaSpa's rule by `select_rows` against its plain torch, and the work order of its mask."""
+    generator = torch.Generator().manual_seed(3)
+    config = AdaSpa(block_size=32, **{"density": 0.5, **options})
+    grid = VideoGrid(1, 1, tokens - 20, text_tokens=20)
+    blocks = grid.num_blocks(32)
+    sharpness = torch.linspace(0.3, 4, heads)[:, None, None]  # heads of unlike recall
+    scores = torch.randn(2, heads, blocks, blocks, generator=generator) * sharpness
+    mass = (scores.softmax(-1) * 32).to(device)
+    forced = forced_blocks(grid, 32, mass.device)
+    want = config.find_in_torch(mass, forced, 0.5)
+    got = config.find_packed(mass, forced, tokens, 0.5)
+    packed = BlockMask.from_dense(want.mask, tokens, tokens, (32, 32))
+    wrong = int((got.mask.to_dense() != want.mask).sum())
+    assert wrong == 0 and got.mask.bits.equal(packed.bits), f"{wrong} blocks are wrong"
+    torch.testing.assert_close(got.mask.density, packed.density)
+    torch.testing.assert_close(got.kept_mass, want.kept_mass)
+    counts = want.mask.sum(-1, dtype=torch.int32)
+    alike = (counts[:, :, 0] == counts[:, :1, 0]).all()
+    assert not (alike and config.head_adaptive and config.density < 2 / 3), "nothing was adapted"
+    got_order = work_order(counts).cpu()
+    on_cpu = BlockMask.from_dense(want.mask.cpu(), tokens, tokens, (32, 32))
+    assert got_order.equal(on_cpu.work_order), "the work order is wrong"
     return {"wrong": wrong}
 
 

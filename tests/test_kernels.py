@@ -21,6 +21,7 @@ from kernel_cases import (  # noqa: E402
     check_mass,
     check_pool,
     check_sampled,
+    check_selection,
     check_tail,
     check_top_k,
     draw,
@@ -157,6 +158,15 @@ def test_sampled_mass_of_more_rows_a_block_than_a_tile_has():
 @pytest.mark.parametrize("blocks", [1, 19, 77])
 def test_top_k(blocks):
     check_top_k(DEVICE, blocks, rows=5)
+
+
+@pytest.mark.parametrize("options", [{}, {"density": 0.6, "heads": 2}, {"density": 0.9}])
+def test_selection_in_four_launches_is_that_of_plain_torch(options):
+    check_selection(DEVICE, **options)
+
+
+def test_selection_of_less_than_a_byte_of_blocks():
+    check_selection(DEVICE, tokens=90, heads=1, head_adaptive=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

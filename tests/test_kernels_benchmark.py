@@ -115,7 +115,8 @@ def test_a_wrong_case_costs_ours_its_time_and_no_other_case(tmp_path, monkeypatc
 
     for name in ("check_attention", "check_mass", "check_sampled", "check_pool", "check_int8"):
         monkeypatch.setattr(kernel_cases, name, check)
-    monkeypatch.setattr(kernel_cases, "check_top_k", lambda *_: {"wrong": 0})
+    for name in ("check_top_k", "check_selection"):
+        monkeypatch.setattr(kernel_cases, name, lambda *_, **__: {"wrong": 0})
     one = bench(tmp_path)
     kernels.check_cases(one)
     assert kernels.wrong_cases(one, "case") == [CASES[1].name]
