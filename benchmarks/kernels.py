@@ -81,45 +81,6 @@ SEARCH_CASES = (
     "top-k case",
     "pool case",
 )
-# (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
-CANDIDATES = {
-    (128, 128): [
-        (128, 128, 8, 2, True),
-        (128, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 128, 8, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 32, 4, 4),
-        (64, 128, 4, 2),
-        (64, 64, 4, 3),
-    ],
-    (128, 64): [
-        (64, 64, 4, 2, True),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 4),
-        (64, 32, 4, 4),
-        (64, 32, 4, 5),
-    ],
-    (64, 128): [
-        (128, 128, 8, 2, True),
-        (64, 128, 4, 2, True),
-        (128, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 64, 4, 4),
-        (128, 128, 4, 2),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-    ],
-    (64, 64): [
-        (64, 64, 4, 2, True),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 4),
-        (64, 32, 4, 4),
-    ],
-}
 
 
 def measure(call: Callable[[], Any], budget_s: float = 0.3) -> dict[str, float]:
@@ -313,7 +274,7 @@ def kernel_calls(
     """(engine, function that builds what belongs to the mask and gives the call, extra facts)."""
     from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
     from dit_sparse.kernels.quantize import quantize
-    from dit_sparse.kernels.tiles import Tile
+    from dit_sparse.kernels.tiles import CANDIDATES, Tile
 
     size = mask.block_size
     lists = cache(mask.indices)
@@ -354,7 +315,7 @@ def kernel_calls(
     if mask.density.max() <= 0.25:  # slow, and its lists are large
         yield "flex", lambda: flex_call(mask, q, k, v), {}
     if sweep:
-        tiles = [Tile(*facts) for facts in CANDIDATES.get((q.shape[-1], size[0]), [])]
+        tiles = CANDIDATES.get((q.shape[-1], size[0]), [])
         for tile in sorted(tiles, key=lambda tile: tile.gluon):  # what may hang comes last
             name = f"triton {tuple(tile[:4])}"
             name = name.replace(")", ", gluon)") if tile.gluon else name

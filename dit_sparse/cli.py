@@ -406,6 +406,43 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="wan-1.3b, cogvideox-5b or hunyuanvideo-720p, all three without it."),
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of blocks that is kept.")] = 0.2,
+    block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 64,
+    precision: Annotated[str, typer.Option(help="full or int8.")] = "full",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time tiles and keep the fastest for this GPU.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Dense against sparse attention on this GPU, one call at a model's shape."""
+    with told(USAGE, debug):
+        from . import bench as timing
+        from .config import SparseConfig
+
+        SparseConfig(density=density, block_size=block_size, precision=precision)
+        names = shape or list(timing.SHAPES)
+        if unknown := set(names) - set(timing.SHAPES):
+            known = ", ".join(timing.SHAPES)
+            raise ValueError(f"--shape is one of {known}, got {', '.join(sorted(unknown))}")
+        timing.refuse_without_gpu()
+    with told(FAILURE, debug):
+        rows = {}
+        for name in names:
+            asked = timing.SHAPES[name], density, block_size
+            rows[name] = timing.tune(*asked) if tune else timing.compare(*asked, precision)
+            if not as_json:
+                print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in rows[name].items()))
+    if as_json:
+        print(json.dumps(rows))
+
+
 def parse_methods(texts: list[str] | None, allow_dense: bool = False) -> "list[MethodSpec]":
     from .method_spec import parse_method
 

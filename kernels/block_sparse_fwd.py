@@ -37,6 +37,7 @@ from .dot import (
 )
 from .quantize import quantize
 from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
+from .tuned import problem, tuned_tile
 
 
 @triton.jit
@@ -269,6 +270,9 @@ def default_tile(
     # What the Gluon kernel serves: 16 bits, whole head dims.
     served = path == "descriptor" and not triton_only and head_dim in (64, 128)
     gluon = served and gluon_runs(query.device)
+    found = tuned_tile(query.device, problem(path, head_dim, block_size))
+    if found is not None and (gluon or not found.gluon) and query.dtype != torch.int8:
+        return found
     return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
 
 

@@ -32,6 +32,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from dit_sparse import BlockMask, reference  # noqa: E402
 from dit_sparse.engines import triton_engine  # noqa: E402
+from dit_sparse.kernels import block_sparse_fwd as fwd  # noqa: E402
 from dit_sparse.kernels import dot, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
@@ -243,6 +244,31 @@ def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
     for _ in range(2):
         tiles.launch(("test",), tiles.Tile(128, 64, 4, 3), run)
     assert ran[-2:] == [tiles.Tile(128, 32, 4, 1)] * 2 and len(ran) == 5
+    assert caplog.text.count("does not run here") == 1
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_attention_that_does_not_fit_runs_with_a_smaller_tile(monkeypatch, caplog, precision):
+    kernel = fwd.block_sparse_fwd_kernel
+
+    class TooLarge:
+        def __getitem__(self, grid):
+            def run(**options):
+                if options["num_stages"] > 1:
+                    raise OutOfResources(200_000, 100_000, "shared memory")
+                return kernel[grid](**options)
+
+            return run
+
+    monkeypatch.setattr(tiles, "_refused", {})
+    x = torch.randn(1, 64, 1, 32, device=DEVICE, dtype=torch.float16)
+    given = arguments(query=x, key=x, value=x, precision=precision)
+    given["kv_num_blocks"] = torch.ones(1, 1, 1, dtype=torch.int32, device=DEVICE)
+    given["kv_indices"] = torch.zeros(1, 1, 1, 1, dtype=torch.int16, device=DEVICE)
+    want = block_sparse_fwd(**given)
+    monkeypatch.setattr(fwd, "block_sparse_fwd_kernel", TooLarge())
+    for _ in range(2):
+        torch.testing.assert_close(block_sparse_fwd(**given), want)
     assert caplog.text.count("does not run here") == 1
 
 
