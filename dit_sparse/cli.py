@@ -1,5 +1,5 @@
 """The command line: `dit-sparse generate`, `compare`, `compare-videos`, `report`, `calibrate`,
-`profile`, `methods`, `doctor`.
+`profile`, `methods`, `doctor`, `bench`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
