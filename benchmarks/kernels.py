@@ -15,7 +15,9 @@ The Gluon kernel stands last among the tiles of a sweep; --gluon-cases checks it
 
 Records: shape, engine, block, density, mask, tile, ms, ms_p20, ms_p80, tflops (multiply-adds of
 kept, valid pairs only), ratio_to_dense_best (time over that of the fastest dense engine),
-peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of a case its errors and limits.
+peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of "triton int8" its errors beside
+"triton" (the time has quantisation in it, which "quantize int8" times alone; inputs are random, not
+a model's); of a case its errors and limits.
 Lists are built before the clock starts; "lists", "selection" and "order" are rows of their own.
 What would mislead: inputs are random, so clocks and power are those of random data; see masks.py
 for what the masks leave out.
@@ -46,12 +48,8 @@ from environment import environment  # noqa: E402
 from dit_sparse.attention import disagreement  # noqa: E402
 from dit_sparse.block_mask import BlockMask  # noqa: E402
 from dit_sparse.engines import ENGINES, Problem, why_not  # noqa: E402
-from dit_sparse.patterns.select import (  # noqa: E402
-    blocks_of,
-    forced_blocks,
-    most_blocks,
-    top_k_rows,
-)
+from dit_sparse.patterns.adaspa import AdaSpa  # noqa: E402
+from dit_sparse.patterns.select import forced_blocks  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -74,46 +72,15 @@ SHAPES = [
 SIZES = ((128, 128), (64, 64))
 DENSITIES = (0.5, 0.2, 0.1)
 KINDS = ("random", "real", "uneven")
-SEARCH_CASES = ("case", "mass case", "sampled case", "top-k case", "pool case")
-# (rows, columns, warps, stages, Gluon or not) to try with --sweep, by head dim and block
-CANDIDATES = {
-    (128, 128): [
-        (128, 128, 8, 2, True),
-        (128, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 128, 8, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 32, 4, 4),
-        (64, 128, 4, 2),
-        (64, 64, 4, 3),
-    ],
-    (128, 64): [
-        (64, 64, 4, 2, True),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 4),
-        (64, 32, 4, 4),
-        (64, 32, 4, 5),
-    ],
-    (64, 128): [
-        (128, 128, 8, 2, True),
-        (64, 128, 4, 2, True),
-        (128, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 64, 4, 4),
-        (128, 128, 4, 2),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-    ],
-    (64, 64): [
-        (64, 64, 4, 2, True),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 4),
-        (64, 32, 4, 4),
-    ],
-}
+SEARCH_CASES = (
+    "case",
+    "int8 case",
+    "selection case",
+    "mass case",
+    "sampled case",
+    "top-k case",
+    "pool case",
+)
 
 
 def measure(call: Callable[[], Any], budget_s: float = 0.3) -> dict[str, float]:
@@ -306,7 +273,8 @@ def kernel_calls(
 ) -> Iterator[tuple[str, Callable[[], Callable], dict[str, Any]]]:
     """(engine, function that builds what belongs to the mask and gives the call, extra facts)."""
     from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
-    from dit_sparse.kernels.tiles import Tile
+    from dit_sparse.kernels.quantize import quantize
+    from dit_sparse.kernels.tiles import CANDIDATES, Tile
 
     size = mask.block_size
     lists = cache(mask.indices)
@@ -323,15 +291,31 @@ def kernel_calls(
             raise ValueError(f"differs from the table's tile by {error}")
         return lambda: ours(tile=tile)
 
+    errors: dict[str, Any] = {}
+
+    def int8() -> Callable:
+        def call():
+            chosen = mask.work_order
+            options = {"block_size": size, "order": chosen, "precision": "int8"}
+            return block_sparse_fwd(q, k, v, *lists(), **options)
+
+        (out, lse), (want, want_lse) = call(), ours()
+        errors["relative_error"] = ((out - want).float().norm() / want.float().norm()).item()
+        errors["max_error"] = (out - want).abs().max().item()
+        errors["lse_error"] = (lse - want_lse).abs().max().item()
+        return call
+
     default = {"tile": list(default_tile(q, k, v, size))}
     yield "triton", lambda: ours, default
+    yield "triton int8", int8, errors
+    yield "quantize int8", lambda: lambda: quantize(q, k, size), {}
     yield "triton unordered", lambda: lambda: ours(order=False), default
     if why_not("fa4", problem(q, size)) is None:
         yield "fa4", lambda: fa4_call(mask, q, k, v), {}
     if mask.density.max() <= 0.25:  # slow, and its lists are large
         yield "flex", lambda: flex_call(mask, q, k, v), {}
     if sweep:
-        tiles = [Tile(*facts) for facts in CANDIDATES.get((q.shape[-1], size[0]), [])]
+        tiles = CANDIDATES.get((q.shape[-1], size[0]), [])
         for tile in sorted(tiles, key=lambda tile: tile.gluon):  # what may hang comes last
             name = f"triton {tuple(tile[:4])}"
             name = name.replace(")", ", gluon)") if tile.gluon else name
@@ -402,7 +386,9 @@ def mask_rows(bench: Bench, shape: Shape, q, k, v, size, kind, density, sweep) -
         if not bench.wanted(key):
             continue
         with bench.attempt(key):
-            wrong = disagreement(engine.split(" ")[0], problem(q, size))
+            name = engine.replace("quantize", "triton").split(" ")
+            asked = problem(q, size)._replace(precision="int8" if "int8" in name else "full")
+            wrong = disagreement(name[0], asked)
             if wrong:
                 raise ValueError(f"not timed, {wrong}")
             call = prepare()
@@ -463,12 +449,17 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
         grid = masks.VideoGrid(1, 1, shape.tokens - shape.text, shape.text, shape.text_first)
         forced = forced_blocks(grid, size[0], scores.device)
 
-        def select(scores=scores, forced=forced, blocks=blocks, size=size):
-            kept = blocks_of(torch.full(scores.shape[:2], 0.2, device="cuda"), blocks)
-            mask = top_k_rows(scores, kept, forced, most_blocks(0.2, blocks))
+        config = AdaSpa(density=0.2, block_size=size[0])
+
+        def in_torch(scores=scores, forced=forced, size=size, config=config):
+            mask = config.find_in_torch(scores, forced, 0.5).mask
             return BlockMask.from_dense(mask, shape.tokens, shape.tokens, size).bits
 
-        bench.add(shape.name, "selection", select, density=0.2, **block)
+        def packed(scores=scores, forced=forced, config=config):
+            return config.find_packed(scores, forced, shape.tokens, 0.5).mask.bits
+
+        bench.add(shape.name, "selection", packed, density=0.2, **block)
+        bench.add(shape.name, "selection unfused", in_torch, density=0.2, **block)
         del scores
 
 
@@ -476,10 +467,13 @@ def check_cases(bench: Bench) -> None:
     """Every case of the tests on this GPU. Ours gets no time where one is outside the rule."""
     from kernel_cases import (
         CASES,
+        INT8_CASES,
         check_attention,
+        check_int8,
         check_mass,
         check_pool,
         check_sampled,
+        check_selection,
         check_tail,
         check_top_k,
     )
@@ -487,6 +481,11 @@ def check_cases(bench: Bench) -> None:
     for case in CASES:
         run_case(bench, "case", case.name, partial(check_attention, case, "cuda"))
         run_case(bench, "tail case", case.name, partial(check_tail, case, "cuda"))
+    run_case(bench, "selection case", "7 blocks", partial(check_selection, "cuda"))
+    many = partial(check_selection, "cuda", tokens=59456, heads=24, density=0.2)
+    run_case(bench, "selection case", "1858 blocks", many)
+    for case in INT8_CASES:
+        run_case(bench, "int8 case", case.name, partial(check_int8, case, "cuda"))
     run_case(bench, "top-k case", "77 blocks", partial(check_top_k, "cuda"))
     run_case(bench, "top-k case", "1858 blocks", partial(check_top_k, "cuda", 1858))
     for case in CASES:

@@ -19,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dit_sparse.block_mask import BlockMask  # noqa: E402
 from dit_sparse.grid import VideoGrid  # noqa: E402
 from dit_sparse.patterns.adaspa import AdaSpa  # noqa: E402
 from dit_sparse.patterns.select import forced_blocks  # noqa: E402
@@ -73,7 +74,8 @@ class Recorder(AdaSpa):
         for size in SIZES:
             for density in DENSITIES:
                 found = AdaSpa(density=density, block_size=size).find(search)
-                MASKS.setdefault((size, density), []).append(found.mask[0].cpu().numpy())
+                mask = found.mask.to_dense() if isinstance(found.mask, BlockMask) else found.mask
+                MASKS.setdefault((size, density), []).append(mask[0].cpu().numpy())
         return super().find(search)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .block_mask import BlockMask
+from .config import PRECISIONS
 from .engines import ENGINES, Problem, preferred, why_not
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def sparse_attention(
     kv_len: Tensor | None = ...,
     scale: float | None = ...,
     engine: str = ...,
+    precision: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -38,6 +40,7 @@ def sparse_attention(
     kv_len: Tensor | None = ...,
     scale: float | None = ...,
     engine: str = ...,
+    precision: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sparse_attention(
@@ -49,6 +52,7 @@ def sparse_attention(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     engine: str = "auto",
+    precision: str = "full",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each query block over the key blocks that `block_mask` lists.
@@ -61,6 +65,8 @@ def sparse_attention(
         scale: factor of the logits, 1 / sqrt(D) by default.
         engine: "triton" (our kernels), "fa4" (flash-attn-4, Hopper), "flex" (FlexAttention),
             "torch" (everywhere) or "auto". Each is compared with "torch" at its first use.
+        precision: "full" or, for "triton" and "torch", "int8": products of queries and keys in
+            INT8, one scale a block, keys less their mean; the log-sum-exp is that of the keys.
         return_lse: also return the log-sum-exp (B, H, Sq) float32, natural log.
 
     Returns:
@@ -71,9 +77,10 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit, or an engine that cannot run here.
     """
     _check(query, key, value, block_mask, kv_len)
-    engine = choose_engine(engine, query, block_mask, kv_len)
+    engine = choose_engine(engine, query, block_mask, kv_len, precision)
     attend = ENGINES[engine].attend
-    output, lse = attend(query, key, value, block_mask, kv_len=kv_len, scale=scale)
+    options = {"kv_len": kv_len, "scale": scale, "precision": precision}
+    output, lse = attend(query, key, value, block_mask, **options)
     return (output, lse) if return_lse else output
 
 
@@ -108,13 +115,19 @@ def own_engine(engine: str, query: Tensor, block_size: tuple[int, int]) -> str:
 
 
 def choose_engine(
-    engine: str, query: Tensor, block_mask: BlockMask, kv_len: Tensor | None = None
+    engine: str,
+    query: Tensor,
+    block_mask: BlockMask,
+    kv_len: Tensor | None = None,
+    precision: str = "full",
 ) -> str:
     """The engine that will run: a forced one that cannot run raises, "auto" takes the best."""
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {engine!r}")
-    size = block_mask.block_size
-    problem = Problem(query.device, query.dtype, query.shape[-1], size, kv_len is not None)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    facts = query.device, query.dtype, query.shape[-1], block_mask.block_size
+    problem = Problem(*facts, kv_len is not None, precision)
     if engine != "auto":
         reason = why_not(engine, problem) or disagreement(engine, problem)
         if reason is not None:
@@ -153,7 +166,9 @@ def disagreement(engine: str, problem: Problem) -> str | None:
         return None
     arguments = _small_problem(problem)
     try:
-        got, got_lse = ENGINES[engine].attend(*arguments[:4], kv_len=arguments[4], scale=None)
+        got, got_lse = ENGINES[engine].attend(
+            *arguments[:4], kv_len=arguments[4], scale=None, precision=problem.precision
+        )
     except torch.OutOfMemoryError:
         raise  # says nothing about the engine, and must not be remembered
     except Exception as failure:  # whatever fails in a compiler or a driver: do not use it
@@ -161,7 +176,12 @@ def disagreement(engine: str, problem: Problem) -> str | None:
         return f"it failed on {problem.device}: {type(failure).__name__}: {text}"
     query, key, value, block_mask, kv_len = arguments
     exact, exact_lse = reference.sparse_attention(
-        query.float(), key.float(), value.float(), block_mask, kv_len=kv_len
+        query.float(),
+        key.float(),
+        value.float(),
+        block_mask,
+        kv_len=kv_len,
+        precision=problem.precision,
     )
     tolerance = 1e-4 if problem.dtype == torch.float32 else 3e-2
     error = (got.float() - exact).abs().max()
@@ -173,7 +193,7 @@ def disagreement(engine: str, problem: Problem) -> str | None:
 
 def _small_problem(problem: Problem):
     """Query, key, value, a mask whose last blocks are short, and lengths; every row keeps some."""
-    device, dtype, head_dim, block_size, lengths = problem
+    device, dtype, head_dim, block_size, lengths, _ = problem
     generator = torch.Generator(device).manual_seed(0)
     length = 3 * max(block_size) + 5
     query, key, value = torch.randn(

@@ -7,6 +7,7 @@ Each engine is compared with plain torch at its first use, as everywhere.
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention import choose_engine, sparse_attention
+from .attention import sparse_attention
 from .block_mask import BlockMask
 from .engines import ENGINES
 from .grid import VideoGrid
@@ -48,7 +49,12 @@ SHAPES = {
 
 
 def bench(
-    shape: Shape, density: float, block_size: int, device: str, dtype: torch.dtype
+    shape: Shape,
+    density: float,
+    block_size: int,
+    precision: str,
+    device: str,
+    dtype: torch.dtype,
 ) -> Iterator[dict[str, Any]]:
     """Rows `name`, `part` (dense, sparse or search), `seconds`; `error` in place of what failed."""
     generator = torch.Generator(device).manual_seed(0)
@@ -58,7 +64,10 @@ def bench(
         yield timed(name, "dense", call, device)
     scores, mask = random_mask(shape, density, block_size, generator)
     for engine in ENGINES if device != "cpu" else ["torch"]:
-        yield timed(engine, "sparse", sparse_call(engine, query, key, value, mask), device)
+        name = engine if precision == "full" else f"{engine}, {precision}"
+        options = {"engine": engine, "precision": precision}
+        call = partial(sparse_attention, query, key, value, mask, **options)
+        yield timed(name, "sparse", call, device)
     search = Search(query, key, None, VideoGrid(1, 1, shape.tokens), layer=0)
     yield timed("sampled rows", "search", lambda: sampled_rows(search, block_size), device)
     yield timed("selection", "search", selection(shape, density, block_size, scores), device)
@@ -84,14 +93,6 @@ def dense_calls(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
     return calls
 
 
-def sparse_call(
-    engine: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
-) -> Callable[[], Any]:
-    choose_engine("auto", query, mask)  # what may be logged is logged before the timing
-
-    return lambda: sparse_attention(query, key, value, mask, engine=engine)
-
-
 def random_mask(
     shape: Shape, density: float, block_size: int, generator: torch.Generator
 ) -> tuple[Tensor, BlockMask]:
@@ -111,8 +112,7 @@ def selection(
 
     def call() -> BlockMask:
         chosen = top_k_rows(scores, kept, forced)
-        mask = BlockMask.from_dense(chosen, shape.tokens, shape.tokens, (block_size,) * 2)
-        return mask
+        return BlockMask.from_dense(chosen, shape.tokens, shape.tokens, (block_size,) * 2)
 
     return call
 

@@ -106,6 +106,10 @@ class BlockMask:
         Heads stay together, so that their keys stay in the L2 cache, and begin with the one that
         has most to do; the short rows of the lightest head then fill the end.
         """
+        if self.bits.device.type == "cuda" and triton_is_installed():
+            from .kernels.select_rows import work_order
+
+            return work_order(self.indices()[0])
         counts = self.to_dense().sum(-1, dtype=torch.int32).flatten(0, 1)  # (B * H, Nq)
         heads = counts.sum(-1).argsort(descending=True, stable=True)
         rows = counts.argsort(dim=-1, descending=True, stable=True)

@@ -1,5 +1,5 @@
 """The command line: `dit-sparse generate`, `compare`, `compare-videos`, `report`, `calibrate`,
-`profile`, `methods`, `doctor`.
+`profile`, `methods`, `doctor`, `bench`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -437,6 +437,10 @@ def bench_attention(
     dim: Annotated[int | None, typer.Option(help="Of a head, in place of the shape's.")] = None,
     density: Annotated[float, typer.Option(help="Share of blocks that are read.")] = 0.2,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
+    precision: Annotated[str, typer.Option(help="Of sparse calls, full or int8.")] = "full",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time tiles instead, keep the fastest for this GPU.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -447,6 +451,8 @@ def bench_attention(
         from .bench import SHAPES, bench, summary
         from .config import SparseConfig
         from .loading import choose_device, choose_dtype
+        from .tune import refuse_without_gpu
+        from .tune import tune as tune_tiles
 
         device = choose_device(device)
         name = shape or ("small" if device == "cpu" else "wan-1.3b-480p")
@@ -457,10 +463,18 @@ def bench_attention(
             if number is not None and number < 1:
                 raise ValueError(f"--{option} must be at least 1, got {number}")
         size = SHAPES[name]._replace(**{k: v for k, v in given.items() if v is not None})
-        SparseConfig(density=density, block_size=block_size)  # checks
+        SparseConfig(density=density, block_size=block_size, precision=precision)  # checks
         kind = choose_dtype(dtype, device)
+        if tune:
+            refuse_without_gpu()
     with told(FAILURE, debug):
-        rows = summary(list(bench(size, density, block_size, device, kind)), size, density)
+        if tune:
+            told_tiles = tune_tiles(size, density, block_size)
+            lines = [f"{key}: {value}" for key, value in told_tiles.items()]
+            print(json.dumps(told_tiles) if as_json else "\n".join(lines))
+            return
+        options = density, block_size, precision
+        rows = summary(list(bench(size, *options, device, kind)), size, density)
     if as_json:
         print(json.dumps({"shape": size._asdict(), "density": density, "rows": rows}))
         return

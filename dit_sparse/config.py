@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
+PRECISIONS = ("full", "int8")
 DEFAULT_ORDER = "curve"
 
 
@@ -33,6 +34,8 @@ class SparseConfig:
         order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
         engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
+        precision: of the products of queries and keys in sparse calls: "full" is the model's dtype,
+            "int8" rounds both, which is faster on GPUs and less exact.
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
@@ -44,6 +47,7 @@ class SparseConfig:
     order: str = DEFAULT_ORDER
     block_size: int = 64
     engine: str = "auto"
+    precision: str = "full"
     max_cache_bytes: int | None = None
 
     paper: ClassVar[str] = ""
@@ -69,6 +73,7 @@ class SparseConfig:
         _one_of("order", self.order, TOKEN_ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("engine", self.engine, ENGINES)
+        _one_of("precision", self.precision, PRECISIONS)
         flag("every_step", self.every_step)
         flag("own_block", self.own_block)
         whole("dense_layers", self.dense_layers, 0)

@@ -20,6 +20,7 @@ def sparse_attention(
     *,
     kv_len: Tensor | None = None,
     scale: float | None = None,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks. Arguments as `dit_sparse.sparse_attention`.
 
@@ -28,6 +29,14 @@ def sparse_attention(
         A query block that keeps nothing gives output 0 and lse -inf.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if precision == "int8":
+        rounded_query, rounded_key, shift = rounded_to_int8(
+            query, key, block_mask.block_size, kv_len
+        )
+        output, lse = sparse_attention(
+            rounded_query, rounded_key, value.float(), block_mask, kv_len=kv_len, scale=scale
+        )
+        return output.to(query.dtype), lse + shift * scale
     counts, indices = block_mask.indices()
     output = torch.zeros_like(query)
     batch, length, heads, _ = query.shape
@@ -48,6 +57,36 @@ def sparse_attention(
             )
             output[b, :, h], lse[b, h] = out_rows, lse_rows
     return output, lse
+
+
+def rounded_to_int8(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], kv_len: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What INT8 with one scale a block keeps of queries and keys; see `kernels/quantize.py`.
+
+    Returns:
+        Both in float32, keys less their mean, and what every logit of a query lost with that before
+        it is scaled, (B, H, Sq).
+    """
+    query, key = query.float(), key.float()
+    blocks = block_lengths(key.shape[1], block_size[1], kv_len, key.device).gt(0).sum(1)  # (B,)
+    mean = block_pool(key, block_size[1], kv_len).sum(2)  # (B, H, D)
+    mean = mean / blocks.clamp_min(1)[:, None, None]
+    shift = (query.transpose(1, 2) @ mean.unsqueeze(-1)).squeeze(-1)
+    key = key - mean.unsqueeze(1)
+    if kv_len is not None:
+        padded = torch.arange(key.shape[1], device=key.device) >= kv_len.to(key.device)[:, None]
+        key = key.masked_fill(padded[..., None, None], 0)
+    return _rounded(query, block_size[0]), _rounded(key, block_size[1]), shift
+
+
+def _rounded(x: Tensor, block_size: int) -> Tensor:
+    """(B, S, H, D) rounded to 127 steps of each block's and head's largest magnitude."""
+    blocks = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size))
+    largest = blocks.abs().amax((2, 4), keepdim=True).clamp_min(1e-20)
+    return ((blocks * (127 / largest) + 0.5).floor() * (largest / 127)).flatten(1, 2)[
+        :, : x.shape[1]
+    ]
 
 
 def _one_head(

@@ -23,7 +23,7 @@ class Report:
             `measure=True`, else known from searches that ran dense alone; None where unknown.
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
-        engines: what computed the sparse calls.
+        engines: what computed the sparse calls, with its precision where that is not full.
         peak_cache_bytes: largest size of masks, log-sum-exps and corrections kept between steps.
         planned_cache_bytes: what was said of it at the first step; `max_cache_bytes` refuses more.
         notes: what ran otherwise than asked, and why.

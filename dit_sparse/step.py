@@ -155,8 +155,10 @@ class LayerAttention:
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
         found = config.find(Search(query, key, lse, call.grid, self.layer, *seen))
-        size = (config.block_size, config.block_size)
-        mask = BlockMask.from_dense(found.mask, call.grid.tokens, call.grid.tokens, size)
+        mask = found.mask
+        if not isinstance(mask, BlockMask):
+            size = (config.block_size, config.block_size)
+            mask = BlockMask.from_dense(mask, call.grid.tokens, call.grid.tokens, size)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
         mass = None if output is None and config.uses_lse else found.kept_mass
         keeps_lse = config.uses_lse and not corrects  # else the next search runs dense anyway
@@ -207,10 +209,18 @@ class LayerAttention:
         residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
         kv_len = self.state.call.kv_len
-        engine = choose_engine(self.config.engine, query, mask, kv_len)
-        self.state.engines.add(engine)
+        precision = self.config.precision
+        engine = choose_engine(self.config.engine, query, mask, kv_len, precision)
+        self.state.engines.add(engine if precision == "full" else f"{engine} {precision}")
         output, lse = sparse_attention(
-            query, key, value, mask, kv_len=kv_len, engine=engine, return_lse=True
+            query,
+            key,
+            value,
+            mask,
+            kv_len=kv_len,
+            engine=engine,
+            precision=precision,
+            return_lse=True,
         )
         if not self.config.tail:
             return output, lse

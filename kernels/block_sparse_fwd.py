@@ -35,7 +35,9 @@ from .dot import (
     online_softmax,
     padded_head_dim,
 )
+from .quantize import quantize
 from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
+from .tuned import problem, tuned_tile
 
 
 @triton.jit
@@ -50,19 +52,24 @@ def attend_tile(
     start,
     kv_len,
     scale_log2,
+    k_scales,
     running_max,
     running_sum,
     acc,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    if k_scales is not None:  # INT8: one scale a block
+        scale_log2 *= tl.load(k_scales + start // BLOCK_KV)
     k_tile = load_tile(
         k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
     )
-    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
+    # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS), exact in int32 where both are INT8
+    scores = dot(q, k_tile.trans()).to(tl.float32)
     if MASKED:
         kv_valid = start + tl.arange(0, COLUMNS) < kv_len
         # Dead keys must not win the maximum.
@@ -92,6 +99,9 @@ def block_sparse_fwd_kernel(
     kv_indices_ptr,
     kv_len_ptr,
     order_ptr,
+    q_scales_ptr,
+    k_scales_ptr,
+    shift_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -102,6 +112,7 @@ def block_sparse_fwd_kernel(
     q_len,
     max_kv_len,
     scale_log2,
+    softmax_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -152,6 +163,11 @@ def block_sparse_fwd_kernel(
     full_tiles = (num_blocks - 1) * TILES_PER_BLOCK + last_len // COLUMNS
     full_tiles = tl.where(num_blocks > 0, full_tiles, 0)
 
+    head_row = batch.to(tl.int64) * heads + head
+    k_scales = k_scales_ptr
+    if q_scales_ptr is not None:
+        scale_log2 *= tl.load(q_scales_ptr + head_row * q_blocks + q_block)
+        k_scales += head_row * tl.cdiv(max_kv_len, BLOCK_KV)
     q_tile = load_tile(
         q, q_strides, batch, head, q_start, q_len, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
     )
@@ -175,11 +191,13 @@ def block_sparse_fwd_kernel(
             start,
             kv_len,
             scale_log2,
+            k_scales,
             running_max,
             running_sum,
             acc,
             HEAD_DIM,
             BLOCK_D,
+            BLOCK_KV,
             COLUMNS,
             DESCRIPTORS,
             MASKED=False,
@@ -197,11 +215,13 @@ def block_sparse_fwd_kernel(
             last_start + last_len // COLUMNS * COLUMNS,
             kv_len,
             scale_log2,
+            k_scales,
             running_max,
             running_sum,
             acc,
             HEAD_DIM,
             BLOCK_D,
+            BLOCK_KV,
             COLUMNS,
             DESCRIPTORS,
             MASKED=True,
@@ -221,8 +241,21 @@ def block_sparse_fwd_kernel(
         out.to(out_ptr.dtype.element_ty),
         mask=q_valid[:, None] & (dims < HEAD_DIM)[None, :],
     )
-    lse_row = lse_ptr + (batch.to(tl.int64) * heads + head) * q_len
-    tl.store(lse_row + rows, lse, mask=q_valid)
+    if shift_ptr is not None:  # what the keys lost with their mean
+        shift = tl.load(shift_ptr + head_row * q_len + rows, mask=q_valid, other=0.0)
+        lse += shift * softmax_scale
+    tl.store(lse_ptr + head_row * q_len + rows, lse, mask=q_valid)
+
+
+def check_int8(query: Tensor, precision: str) -> None:
+    """Raise `ValueError` unless INT8 products were asked for and serve queries like these."""
+    if precision != "int8":
+        raise ValueError(f"precision must be one of full, int8, got {precision!r}")
+    if query.dtype == torch.float32 or query.shape[3] <= 16:
+        raise ValueError(
+            "precision='int8' takes bfloat16 and float16 and head dims from 17, got"
+            f" {query.dtype} and {query.shape[3]}. Use precision='full'."
+        )
 
 
 def default_tile(
@@ -230,13 +263,16 @@ def default_tile(
     key: Tensor,
     value: Tensor,
     block_size: tuple[int, int],
-    lengths: bool = False,
+    triton_only: bool = False,
 ) -> Tile:
-    """The tile of the table for tensors like these, `lengths` with a valid length per sample."""
+    """The tile of the table for tensors like these, of Triton's kernel alone if asked for."""
     path, head_dim = load_path(query, key, value), query.shape[-1]
-    # What the Gluon kernel serves: 16 bits, whole head dims, no valid lengths.
-    served = path == "descriptor" and not lengths and head_dim in (64, 128)
+    # What the Gluon kernel serves: 16 bits, whole head dims.
+    served = path == "descriptor" and not triton_only and head_dim in (64, 128)
     gluon = served and gluon_runs(query.device)
+    found = tuned_tile(query.device, problem(path, head_dim, block_size))
+    if found is not None and (gluon or not found.gluon) and query.dtype != torch.int8:
+        return found
     return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
 
 
@@ -251,6 +287,7 @@ def block_sparse_fwd(
     scale: float | None = None,
     kv_len: Tensor | None = None,
     order: Tensor | None = None,
+    precision: str = "full",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the listed kv blocks of `key` and `value`.
@@ -266,6 +303,8 @@ def block_sparse_fwd(
         kv_len: `(B,)` int32, valid keys per sample; all by default.
         order: `(B * H * Nq,)` int32, rows in the order in which they start, best the longest
             first. It changes the time only.
+        precision: "int8" multiplies queries and keys in INT8 (`quantize`), which takes bfloat16 and
+            float16 and head dims from 17; "full" in their dtype.
         tile: another tile than the table's, for measurements; where it fails, nothing replaces it.
 
     Returns:
@@ -297,9 +336,13 @@ def block_sparse_fwd(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     kv_num_blocks = kv_num_blocks.expand(shape)
     kv_indices = kv_indices.expand(*shape, -1)
-    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    out = torch.empty(query.shape, dtype=value.dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
 
+    q_scales = k_scales = shift = None
+    if precision != "full":
+        check_int8(query, precision)
+        query, key, q_scales, k_scales, shift = quantize(query, key, block_size, kv_len)
     path, dim = load_path(query, key, value), padded_head_dim(head_dim)
     descriptors = path == "descriptor"
 
@@ -321,6 +364,9 @@ def block_sparse_fwd(
             kv_indices_ptr=kv_indices,
             kv_len_ptr=kv_len,
             order_ptr=order,
+            q_scales_ptr=q_scales,
+            k_scales_ptr=k_scales,
+            shift_ptr=shift,
             q_strides=query.stride(),
             k_strides=key.stride(),
             v_strides=value.stride(),
@@ -331,6 +377,7 @@ def block_sparse_fwd(
             q_len=q_len,
             max_kv_len=key.shape[1],
             scale_log2=scale * LOG2_E,
+            softmax_scale=scale,
             HEAD_DIM=head_dim,
             BLOCK_D=dim,
             BLOCK_Q=block_q,
@@ -345,7 +392,9 @@ def block_sparse_fwd(
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
     with torch.cuda.device_of(query):
         if tile is None:
-            tile = default_tile(query, key, value, block_size, lengths=kv_len is not None)
+            # The Gluon kernel knows neither valid lengths nor INT8.
+            own = kv_len is not None or precision == "int8"
+            tile = default_tile(query, key, value, block_size, own)
             launch(key_of, tile.within(block_size), run)
         else:
             run(tile.within(block_size))

@@ -73,6 +73,45 @@ FORWARD = {
     },
     ("other", "float32"): FLOAT32,
 }
+# Forward tiles worth a try on another GPU, by head dim and block: `dit-sparse bench --tune`.
+CANDIDATES = {
+    (128, 128): [
+        Tile(128, 128, 8, 2, True),
+        Tile(128, 64, 4, 2),
+        Tile(128, 64, 4, 3),
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(128, 64, 8, 3),
+        Tile(128, 32, 4, 4),
+        Tile(64, 128, 4, 2),
+        Tile(64, 64, 4, 3),
+    ],
+    (128, 64): [
+        Tile(64, 64, 4, 2, True),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 3),
+        Tile(64, 64, 4, 4),
+        Tile(64, 32, 4, 4),
+        Tile(64, 32, 4, 5),
+    ],
+    (64, 128): [
+        Tile(128, 128, 8, 2, True),
+        Tile(64, 128, 4, 2, True),
+        Tile(128, 64, 4, 2),
+        Tile(128, 64, 4, 3),
+        Tile(128, 64, 4, 4),
+        Tile(128, 128, 4, 2),
+        Tile(128, 128, 8, 2),
+        Tile(128, 128, 8, 3),
+    ],
+    (64, 64): [
+        Tile(64, 64, 4, 2, True),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 3),
+        Tile(64, 64, 4, 4),
+        Tile(64, 32, 4, 4),
+    ],
+}
 MASS = {
     ("hopper", "descriptor"): {
         16: [Tile(128, 128, 8, 3)],

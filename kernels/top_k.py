@@ -14,6 +14,30 @@ from . import dot
 MAX_BLOCKS = 16384  # of a row
 
 
+@triton.jit
+def best_blocks(score, forced, exists, kept):
+    # The `kept` largest of one row, forced ones first, as a mask.
+    # Bits of a float as an unsigned number of the same order: the sign is flipped, and below zero
+    # all bits. Forced blocks come first, those that do not exist last.
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    rank = bits.to(tl.uint32, bitcast=True) ^ 0x80000000
+    rank = tl.where(forced, 0xFFFFFFFF, rank).to(tl.uint32)
+    rank = tl.where(exists, rank, 0).to(tl.uint32)
+
+    least = tl.full((), 0, tl.uint32)  # the kept-th largest rank
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in tl.range(0, 32):
+        candidate = least | bit
+        count = tl.sum((rank >= candidate).to(tl.int32), 0)
+        least = tl.where(count >= kept, candidate, least)
+        bit = bit >> 1
+    above = rank > least
+    tied = ((rank == least) & exists).to(tl.int32)
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    return above | ((tied != 0) & (tl.cumsum(tied, 0) <= room)) | forced
+
+
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def top_k_kernel(
     scores_ptr,
@@ -37,26 +61,8 @@ def top_k_kernel(
     )
     score = tl.load(scores_row + block * scores_strides[3], mask=exists, other=float("-inf"))
     forced = tl.load(forced_ptr + row.to(tl.int64) * blocks + block, mask=exists, other=0) != 0
-    # Bits of a float as an unsigned number of the same order: the sign is flipped, and below zero
-    # all bits. Forced blocks come first, those that do not exist last.
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    rank = bits.to(tl.uint32, bitcast=True) ^ 0x80000000
-    rank = tl.where(forced, 0xFFFFFFFF, rank).to(tl.uint32)
-    rank = tl.where(exists, rank, 0).to(tl.uint32)
-
     kept = tl.load(kept_ptr + batch * heads + head).to(tl.int32)
-    least = tl.full((), 0, tl.uint32)  # the kept-th largest rank
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in tl.range(0, 32):
-        candidate = least | bit
-        count = tl.sum((rank >= candidate).to(tl.int32), 0)
-        least = tl.where(count >= kept, candidate, least)
-        bit = bit >> 1
-    above = rank > least
-    tied = ((rank == least) & exists).to(tl.int32)
-    room = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = above | ((tied != 0) & (tl.cumsum(tied, 0) <= room)) | forced
+    chosen = best_blocks(score, forced, exists, kept)
     mask_row = mask_ptr + ((batch.to(tl.int64) * heads + head) * rows + row) * blocks
     tl.store(mask_row + block, chosen.to(tl.int8), mask=exists)
 

@@ -28,6 +28,7 @@ from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
 from dit_sparse.kernels.sampled_mass import sampled_mass  # noqa: E402
+from dit_sparse.kernels.select_rows import select_rows, work_order
 from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 from dit_sparse.kernels.top_k import top_k  # noqa: E402
 
@@ -74,6 +75,13 @@ def launches(everything: bool):
                         x, x, x, c, i, block_size=s, order=c.flatten()
                     ),
                 )
+                if dtype != torch.float32 and head_dim > 16:
+                    yield (
+                        f"int8 fwd {name}",
+                        lambda x=x, c=counts, i=indices, s=size: block_sparse_fwd(
+                            x, x, x, c, i, block_size=s, order=c.flatten(), precision="int8"
+                        ),
+                    )
                 yield (
                     f"mass {name}",
                     lambda x=x, lse=lse, s=size: block_mass(x, x, lse, block_size=s),
@@ -100,6 +108,13 @@ def launches(everything: bool):
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
     scores, kept = torch.zeros(1, 2, 4, 1000), torch.ones(1, 2, dtype=torch.int64)
     yield "top k", lambda: top_k(scores, kept, torch.zeros(4, 1000, dtype=torch.bool))
+    budgets = 1, 2, 3, 0.8
+    few = kept.int()
+    yield (
+        "selection",
+        lambda: select_rows(scores, few, torch.zeros(4, 1000).bool(), (256, 64000), 64, budgets),
+    )
+    yield "order", lambda: work_order(torch.zeros(1, 2, 300, dtype=torch.int32))
     yield "lists", lambda: block_lists(torch.zeros(1, 2, 4, 8, dtype=torch.uint8), 60, 60)
 
 
@@ -155,7 +170,10 @@ def main() -> None:
     for name, call in chosen:
         compiled.clear()
         call()
-        (kernel,) = compiled
+        *before, kernel = compiled  # such as means, queries and keys in INT8 before attention
+        if before:
+            fits = max(before, key=lambda kernel: kernel.metadata.shared)
+            print(json.dumps({"kernel": f"before {name}", "shared": fits.metadata.shared}))
         ptx = kernel.asm.get("ptx", "")
         record = {
             "kernel": name,

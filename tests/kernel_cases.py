@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse.block_mask import BlockMask
+from dit_sparse.grid import VideoGrid
 from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.kernels.block_pool import block_pool
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
 from dit_sparse.kernels.sampled_mass import sampled_mass
+from dit_sparse.kernels.select_rows import work_order
 from dit_sparse.kernels.tail_fwd import tail_fwd
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.kernels.top_k import top_k
+from dit_sparse.patterns.adaspa import AdaSpa
+from dit_sparse.patterns.select import forced_blocks
+from dit_sparse.reference import rounded_to_int8
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -228,6 +233,56 @@ def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[s
     return errors
 
 
+INT8_CASES = [
+    case
+    for case in CASES
+    if case.dtype != FP32 and case.head_dim > 16 and case.name != "sharp-scale"
+]
+
+
+def check_int8(case: Case, device: str) -> dict[str, float]:
+    """Run the kernel in INT8 on `case`, its keys far from 0, against two float64 oracles.
+
+    Of the rounded queries and keys it must be what `check_attention` asks, but for a few elements
+    that may round the other way; of the exact ones, within 2% (root mean square) and 0.05 (LSE).
+    """
+    query, key, value, blocks, kv_len = draw(case, device)
+    key += torch.linspace(-4, 4, case.head_dim, device=device).to(case.dtype)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    mask = token_mask(case, blocks, kv_len)
+    exact, exact_lse = oracle(query, key, value, mask, scale)
+    rounded_query, rounded_key, shift = rounded_to_int8(query, key, case.block_size, kv_len)
+    want, want_lse = oracle(rounded_query, rounded_key, value, mask, scale)
+    want_lse = want_lse + shift.double() * scale
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(SDPBackend.MATH):
+        math = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    math = math.nan_to_num(nan=0.0).transpose(1, 2)
+    if kv_len is not None:
+        for sample, length in enumerate(kv_len.tolist()):
+            key[sample, length:] = value[sample, length:] = float("nan")
+    counts, indices = to_lists(blocks, case.index_dtype)
+    options = {"block_size": case.block_size, "scale": case.scale, "kv_len": kv_len}
+    out, lse = block_sparse_fwd(query, key, value, counts, indices, precision="int8", **options)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    errors = {
+        "out": max_error(out, want),
+        "out_limit": 2 * max_error(math, exact) + 2 * ulp(want, case.dtype) + 2e-3,
+        "lse": max_error(lse, want_lse),
+        "lse_limit": 5e-3,
+        "from_exact": ((out.double() - exact).square().mean() / exact.square().mean())
+        .sqrt()
+        .item(),
+        "lse_from_exact": max_error(lse, exact_lse),
+    }
+    assert errors["out"] <= errors["out_limit"], f"{case.name}: INT8 output {errors}"
+    assert errors["lse"] <= errors["lse_limit"], f"{case.name}: INT8 LSE {errors}"
+    assert errors["from_exact"] <= 0.02, f"{case.name}: INT8 output {errors}"
+    assert errors["lse_from_exact"] <= 0.05, f"{case.name}: INT8 LSE {errors}"
+    assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{case.name}: empty rows are not 0"
+    return errors
+
+
 def check_mass(case: Case, device: str) -> dict[str, float]:
     """Run `block_mass` on `case` with the exact and with a stale LSE.
 
@@ -310,6 +365,32 @@ def check_top_k(device: str, blocks: int = 77, rows: int = 19) -> dict[str, floa
     got = top_k(scores, kept, forced)
     wrong = int((got != want).sum())
     assert wrong == 0, f"top_k: {wrong} blocks are wrong"
+    return {"wrong": wrong}
+
+
+def check_selection(device: str, tokens: int = 200, heads: int = 3, **options) -> dict[str, float]:
+    """AdaSpa's rule by `select_rows` against its plain torch, and the work order of its mask."""
+    generator = torch.Generator().manual_seed(3)
+    config = AdaSpa(block_size=32, **{"density": 0.5, **options})
+    grid = VideoGrid(1, 1, tokens - 20, text_tokens=20)
+    blocks = grid.num_blocks(32)
+    sharpness = torch.linspace(0.3, 4, heads)[:, None, None]  # heads of unlike recall
+    scores = torch.randn(2, heads, blocks, blocks, generator=generator) * sharpness
+    mass = (scores.softmax(-1) * 32).to(device)
+    forced = forced_blocks(grid, 32, mass.device)
+    want = config.find_in_torch(mass, forced, 0.5)
+    got = config.find_packed(mass, forced, tokens, 0.5)
+    packed = BlockMask.from_dense(want.mask, tokens, tokens, (32, 32))
+    wrong = int((got.mask.to_dense() != want.mask).sum())
+    assert wrong == 0 and got.mask.bits.equal(packed.bits), f"{wrong} blocks are wrong"
+    torch.testing.assert_close(got.mask.density, packed.density)
+    torch.testing.assert_close(got.kept_mass, want.kept_mass)
+    counts = want.mask.sum(-1, dtype=torch.int32)
+    alike = (counts[:, :, 0] == counts[:, :1, 0]).all()
+    assert not (alike and config.head_adaptive and config.density < 2 / 3), "nothing was adapted"
+    got_order = work_order(counts).cpu()
+    on_cpu = BlockMask.from_dense(want.mask.cpu(), tokens, tokens, (32, 32))
+    assert got_order.equal(on_cpu.work_order), "the work order is wrong"
     return {"wrong": wrong}
 
 

@@ -19,7 +19,7 @@ def invoke(*arguments):
 
 def test_rows_are_dense_sparse_and_search(monkeypatch):
     monkeypatch.setattr(module, "REPEATS", 1)
-    rows = summary(list(bench(LITTLE, 0.3, 32, "cpu", torch.float32)), LITTLE, 0.3)
+    rows = summary(list(bench(LITTLE, 0.3, 32, "full", "cpu", torch.float32)), LITTLE, 0.3)
     assert [row["part"] for row in rows] == ["dense", "sparse", "search", "search"]
     dense, sparse = rows[:2]
     assert dense["times_dense"] == 1
@@ -60,6 +60,7 @@ def test_the_command_prints_a_table_and_json(monkeypatch):
         ("--shape", "wan", "--shape must be one of small, wan-1.3b-480p"),
         ("--tokens", 0, "--tokens must be at least 1"),
         ("--density", 2, "density"),
+        ("--precision", "fp4", "precision must be one of full, int8"),
         ("--block-size", 48, "block_size must be one of"),
     ],
 )

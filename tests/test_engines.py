@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dit_sparse import BlockMask, attention, reference, sparse_attention
-from dit_sparse.engines import ENGINES, Problem, fa4, preferred, why_not
+from dit_sparse.engines import ENGINES, Problem, fa4, preferred, triton_engine, why_not
+from dit_sparse.patterns.adaspa import AdaSpa
 
 CPU = torch.device("cpu")
 GPU_ENGINES = [name for name in ENGINES if name != "torch"]
@@ -132,6 +133,44 @@ def test_fa4_that_fits_is_taken(monkeypatch):
 def test_missing_fa4_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert "pip install --pre 'dit-sparse[fa4]'" in fa4.mismatch.__wrapped__()
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 150]])
+def test_int8_in_torch_is_near_full_precision_however_far_the_keys_lie(lengths):
+    query, key, value = torch.randn(3, 2, 150, 3, 32)
+    mask = torch.rand(1, 3, 3, 3) < 0.5
+    mask[..., 0], mask[0, 1, 1] = True, False
+    packed = BlockMask.from_dense(mask, 150, 150)
+    kv_len = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    given = query, key + 20 * torch.randn(32), value, packed
+    options = {"kv_len": kv_len, "return_lse": True}
+    full, full_lse = sparse_attention(*given, **options)
+    output, lse = sparse_attention(*given, precision="int8", **options)
+    assert 0 < (output - full).square().mean() < 4e-4 * full.square().mean()
+    torch.testing.assert_close(lse, full_lse, atol=0.03, rtol=0)
+
+
+def test_precision_is_refused_where_there_is_none():
+    query, mask = torch.zeros(1, 100, 2, 32), BlockMask.full(100, 100)
+    with pytest.raises(ValueError, match="precision must be one of full, int8, got 'fp8'"):
+        sparse_attention(query, query, query, mask, precision="fp8")
+    with pytest.raises(ValueError, match="FlexAttention takes precision='full', not 'int8'"):
+        sparse_attention(query, query, query, mask, precision="int8", engine="flex")
+    with pytest.raises(ValueError, match="precision must be one of full, int8, got 8"):
+        AdaSpa(precision=8)
+    assert "precision='full'" in fa4.unfit(
+        problem(block_size=(128, 128))._replace(precision="int8")
+    )
+    int8 = {"precision": "int8", "device": torch.device("cuda", 0)}
+    assert "float32" in triton_engine.unfit(problem(dtype=torch.float32)._replace(**int8))
+
+
+@pytest.mark.parametrize("capability, served", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_int8_needs_ampere(monkeypatch, capability, served):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = problem(device=torch.device("cuda", 0))._replace(precision="int8")
+    reason = triton_engine.unfit(asked)
+    assert reason is None if served else "compute capability 8.0, and this GPU has 7.5" in reason
 
 
 def test_the_reference_is_the_torch_engine():

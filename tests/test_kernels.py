@@ -14,11 +14,14 @@ pytest.importorskip("triton")
 from kernel_cases import (  # noqa: E402
     CASES,
     FP32,
+    INT8_CASES,
     Case,
     check_attention,
+    check_int8,
     check_mass,
     check_pool,
     check_sampled,
+    check_selection,
     check_tail,
     check_top_k,
     draw,
@@ -29,6 +32,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from dit_sparse import BlockMask, reference  # noqa: E402
 from dit_sparse.engines import triton_engine  # noqa: E402
+from dit_sparse.kernels import block_sparse_fwd as fwd  # noqa: E402
 from dit_sparse.kernels import dot, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
@@ -98,6 +102,20 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
+@by_name(
+    "d64-bf16", "d128-fp16", "d33-bf16-unaligned", "block-64-128", "one-token-over",
+    "some-rows-empty", "kv-len-inside-big-blocks", "kv-len-shared-lists", "sliced",
+)  # fmt: skip
+def test_int8_is_attention_of_rounded_queries_and_keys(case, path):
+    check_int8(case, DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", INT8_CASES, ids=lambda case: case.name)
+def test_int8_in_every_case(case, path):
+    check_int8(case, DEVICE)
+
+
 def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
     aligned, odd = (torch.zeros(1, 8, 2, d, dtype=torch.bfloat16) for d in (40, 33))
     assert dot.load_path(aligned, aligned) == path
@@ -141,6 +159,15 @@ def test_sampled_mass_of_more_rows_a_block_than_a_tile_has():
 @pytest.mark.parametrize("blocks", [1, 19, 77])
 def test_top_k(blocks):
     check_top_k(DEVICE, blocks, rows=5)
+
+
+@pytest.mark.parametrize("options", [{}, {"density": 0.6, "heads": 2}, {"density": 0.9}])
+def test_selection_in_four_launches_is_that_of_plain_torch(options):
+    check_selection(DEVICE, **options)
+
+
+def test_selection_of_less_than_a_byte_of_blocks():
+    check_selection(DEVICE, tokens=90, heads=1, head_adaptive=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -217,6 +244,31 @@ def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
     for _ in range(2):
         tiles.launch(("test",), tiles.Tile(128, 64, 4, 3), run)
     assert ran[-2:] == [tiles.Tile(128, 32, 4, 1)] * 2 and len(ran) == 5
+    assert caplog.text.count("does not run here") == 1
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_attention_that_does_not_fit_runs_with_a_smaller_tile(monkeypatch, caplog, precision):
+    kernel = fwd.block_sparse_fwd_kernel
+
+    class TooLarge:
+        def __getitem__(self, grid):
+            def run(**options):
+                if options["num_stages"] > 1:
+                    raise OutOfResources(200_000, 100_000, "shared memory")
+                return kernel[grid](**options)
+
+            return run
+
+    monkeypatch.setattr(tiles, "_refused", {})
+    x = torch.randn(1, 64, 1, 32, device=DEVICE, dtype=torch.float16)
+    given = arguments(query=x, key=x, value=x, precision=precision)
+    given["kv_num_blocks"] = torch.ones(1, 1, 1, dtype=torch.int32, device=DEVICE)
+    given["kv_indices"] = torch.zeros(1, 1, 1, 1, dtype=torch.int16, device=DEVICE)
+    want = block_sparse_fwd(**given)
+    monkeypatch.setattr(fwd, "block_sparse_fwd_kernel", TooLarge())
+    for _ in range(2):
+        torch.testing.assert_close(block_sparse_fwd(**given), want)
     assert caplog.text.count("does not run here") == 1
 
 
@@ -301,6 +353,11 @@ def arguments(**changes):
         ({"value": torch.zeros(1, 99, 2, 64)}, "value must have the shape of key"),
         ({"block_size": (48, 64)}, "block_size must be"),
         ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        (
+            {"precision": "int8"},
+            "takes bfloat16 and float16 and head dims from 17, got torch.float",
+        ),
+        ({"precision": "fp8"}, "precision must be one of full, int8, got 'fp8'"),
         ({"kv_num_blocks": torch.ones(1, 2, 3, dtype=torch.int32)}, r"shape \(1, 2, 2\)"),
         ({"kv_num_blocks": torch.ones(1, 2, 2, dtype=torch.int64)}, "must be torch.int32"),
         ({"kv_indices": torch.zeros(1, 2, 2, 1)}, "torch.int16 or torch.int32"),

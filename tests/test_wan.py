@@ -382,6 +382,16 @@ def test_measured_cost_and_mass(pipe):
     assert all((e["density"] is None) == (e["step"] <= 1) for e in report.trace)
 
 
+def test_int8_precision_is_told_and_near_full_precision(pipe):
+    frames = {}
+    for precision in ("full", "int8"):
+        with enable_sparse_attention(pipe, precision=precision, **SPARSE) as handle:
+            frames[precision] = generate(pipe)
+            assert handle.report().engines == ["torch" if precision == "full" else "torch int8"]
+    off = (frames["full"] - frames["int8"]).abs().mean()
+    assert 0 < off < 0.05
+
+
 def test_a_run_that_skips_a_transformer_does_not_report_its_last_run():
     stock = tiny_wan()
     second = WanTransformer3DModel.from_config(stock.transformer.config).eval()

@@ -4,7 +4,7 @@ Every engine has three functions:
 
     missing(device)  None where it is installed and runs on the device, else why not
     unfit(problem)   None where it serves tensors and blocks like these, else why not
-    attend(query, key, value, block_mask, *, kv_len, scale)  output and log-sum-exp
+    attend(query, key, value, block_mask, *, kv_len, scale, precision)  output and log-sum-exp
 """
 
 from typing import NamedTuple
@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     head_dim: int
     block_size: tuple[int, int]
     lengths: bool = False  # samples of different valid length
+    precision: str = "full"
 
 
 def why_not(engine: str, problem: Problem) -> str | None:

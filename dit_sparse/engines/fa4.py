@@ -36,6 +36,8 @@ def missing(device: torch.device | str) -> str | None:
 
 
 def unfit(problem) -> str | None:
+    if problem.precision != "full":
+        return f"flash-attn-4 takes precision='full', not {problem.precision!r}"
     if problem.lengths:
         return "flash-attn-4 takes no valid length per sample beside a block mask"
     if problem.dtype not in (torch.bfloat16, torch.float16):
@@ -83,7 +85,14 @@ def mismatch() -> str | None:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, kv_len, scale
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len,
+    scale,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func

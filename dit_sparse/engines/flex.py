@@ -23,6 +23,8 @@ def missing(device: torch.device | str) -> str | None:
 
 
 def unfit(problem) -> str | None:
+    if problem.precision != "full":
+        return f"FlexAttention takes precision='full', not {problem.precision!r}"
     if problem.head_dim < 16:
         return f"FlexAttention takes head dims from 16, not {problem.head_dim}"
     return None
@@ -38,7 +40,14 @@ def compiled():
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, kv_len, scale
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len,
+    scale,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 

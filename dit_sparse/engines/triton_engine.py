@@ -17,11 +17,29 @@ def missing(device: torch.device | str) -> str | None:
 
 
 def unfit(problem) -> str | None:
+    if problem.precision == "full":
+        return None
+    if problem.dtype == torch.float32 or problem.head_dim <= 16:
+        return (
+            "INT8 products take bfloat16 and float16 and head dims from 17, not"
+            f" {problem.dtype} and {problem.head_dim}"
+        )
+    if problem.device.type == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(problem.device)
+        if major < 8:
+            return f"INT8 products need compute capability 8.0, and this GPU has {major}.{minor}"
     return None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, kv_len, scale
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    kv_len,
+    scale,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.block_sparse_fwd import block_sparse_fwd
 
@@ -37,4 +55,5 @@ def attend(
         scale=scale,
         kv_len=None if kv_len is None else kv_len.to(query.device, torch.int32),
         order=block_mask.work_order if own_lists else None,
+        precision=precision,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from ..grid import VideoGrid
 
 
@@ -41,11 +42,11 @@ class Found:
     """What a search found.
 
     Attributes:
-        mask: (B or 1, H or 1, N, N) bool.
+        mask: (B or 1, H or 1, N, N) bool, or packed already.
         kept_mass: (H,) float32 share of the softmax mass inside the mask, None if not known.
         cost: multiply-adds of the search over those of one dense attention call.
     """
 
-    mask: Tensor
+    mask: Tensor | BlockMask
     kept_mass: Tensor | None = None
     cost: float = 0.0

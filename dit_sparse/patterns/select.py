@@ -1,6 +1,7 @@
 """Selectors: from scores of blocks to the blocks that are kept."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -131,10 +132,11 @@ def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tenso
     return segments
 
 
+@lru_cache(maxsize=16)  # every layer asks for the same
 def forced_blocks(
     grid: VideoGrid, block_size: int, device: torch.device, own: bool = True
 ) -> Tensor:
-    """Blocks that are always kept, (N, N) bool.
+    """Blocks that are always kept, (N, N) bool; kept for the next call, so not to be changed.
 
     A row's own block unless `own` is False, and all that touch text or a conditioning frame.
     """

@@ -82,7 +82,7 @@ def spatial_and_temporal(
     device: torch.device,
 ) -> list[Tensor]:
     """The two masks, each (1, 1, N, N) bool."""
-    forced = forced_blocks(grid, block_size, device, own_block)
+    forced = forced_blocks(grid, block_size, device, own_block).clone()
     if first_frame:
         first, _ = grid.video_span
         end = first + grid.height * grid.width
