@@ -235,7 +235,7 @@ def our_regions() -> list[tuple[Any, str, str]]:
         (dit_sparse.step, "sparse_attention", "attention"),
         (dit_sparse.step, "add_tail", "attention"),
         (auto, "measure_residual", "search"),
-        (auto, "exact_mass", "search"),
+        (auto, "sampled_rows", "search"),
         (dit_sparse.step, "permute_video", "reorder"),
         (adaspa, "exact_mass", "search"),
         (adaspa_sampled, "sampled_rows", "search"),

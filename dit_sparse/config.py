@@ -55,6 +55,7 @@ class SparseConfig:
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
+    apart: ClassVar[int] = 1  # steps from one search to the next, at least
     refuses: ClassVar[bool] = False  # True: dense where the cost model says that sparse is slower
     targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
@@ -140,7 +141,8 @@ class SparseConfig:
         """
         found, cost = None, 0.0
         for step in range(num_steps):
-            kind = step_kind(step, num_steps, self.search_at, found, self.every_step)
+            schedule = self.search_at, found, self.every_step, self.apart
+            kind = step_kind(step, num_steps, *schedule)
             if kind == "search":
                 fused = self.uses_lse and found is None  # with the dense call that gives the LSE
                 plain = 1.0 if fused else density

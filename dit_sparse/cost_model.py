@@ -38,6 +38,7 @@ def predicted_speedup(
     density: float,
     search_at: tuple[float, ...],
     num_steps: int,
+    apart: int,
     device: torch.device,
 ) -> float | None:
     """Attention seconds of a dense run over those of a sparse one; None where nothing is known."""
@@ -50,7 +51,7 @@ def predicted_speedup(
     }
     found, total = None, 0.0
     for step in range(num_steps):
-        kind = step_kind(step, num_steps, search_at, found)
+        kind = step_kind(step, num_steps, search_at, found, apart=apart)
         found = step if kind == "search" else found
         total += seconds[kind]
     return num_steps * seconds["dense"] / total

@@ -5,9 +5,16 @@ from typing import Literal
 Kind = Literal["dense", "search", "reuse"]
 
 
-def search_steps(search_at: tuple[float, ...], num_steps: int) -> list[int]:
-    """Absolute steps, 0-based, of fractions of `num_steps`; the last step at the latest."""
-    return sorted({min(round(fraction * num_steps), num_steps - 1) for fraction in search_at})
+def search_steps(search_at: tuple[float, ...], num_steps: int, apart: int = 1) -> list[int]:
+    """Absolute steps, 0-based, of fractions of `num_steps`; the last step at the latest.
+
+    Those that come less than `apart` steps after the one before are left out.
+    """
+    found: list[int] = []
+    for step in sorted({min(round(at * num_steps), num_steps - 1) for at in search_at}):
+        if not found or step >= found[-1] + apart:
+            found.append(step)
+    return found
 
 
 def step_kind(
@@ -16,6 +23,7 @@ def step_kind(
     search_at: tuple[float, ...],
     found_at: int | None,
     every_step: bool = False,
+    apart: int = 1,
 ) -> Kind:
     """What to do at `step` (0-based) of `num_steps`.
 
@@ -26,7 +34,7 @@ def step_kind(
         found_at: step at which the kept mask was found, None where there is none.
         every_step: search at every step from the first search on.
     """
-    due = [s for s in search_steps(search_at, num_steps) if s <= step]
+    due = [s for s in search_steps(search_at, num_steps, apart) if s <= step]
     if not due:
         return "dense"
     latest = step if every_step else due[-1]

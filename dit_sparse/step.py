@@ -74,7 +74,7 @@ class LayerAttention:
         call, config = self.state.call, self.config
         if config.density == 1 or self.layer < config.dense_layers or self.state.dense_because:
             return "dense"
-        schedule = config.search_at, found_at, config.every_step
+        schedule = config.search_at, found_at, config.every_step, config.apart
         return step_kind(call.step, call.num_steps, *schedule)
 
     def _plan(self, query: Tensor) -> None:
@@ -102,7 +102,7 @@ class LayerAttention:
         """Where the cost model expects sparse attention to be slower, a sentence that says so."""
         call, config = self.state.call, self.config
         density = max(config.density, call.grid.forced_share(config.block_size))
-        schedule = config.search_at, call.num_steps
+        schedule = config.search_at, call.num_steps, config.apart
         speedup = predicted_speedup(query.shape, density, *schedule, query.device)
         if speedup is None or speedup >= 1:
             return None

@@ -23,7 +23,7 @@ def constants(monkeypatch):
 
 def test_seconds_of_a_run_are_those_of_its_calls(constants):
     constants(FAST)
-    speedup = predicted_speedup((1, 640, 4, 64), 0.1, (0.2, 0.6), 10, CPU)
+    speedup = predicted_speedup((1, 640, 4, 64), 0.1, (0.2, 0.6), 10, 1, CPU)
     assert speedup == pytest.approx(10 * 1e-3 / (2 * 1e-3 + 2 * 1e-3 + 6 * 1e-4))
 
 
@@ -45,7 +45,7 @@ def test_what_ships_is_positive_and_complete():
 
 
 def test_nothing_is_known_of_a_cpu():
-    assert predicted_speedup((1, 640, 4, 64), 0.1, (0.2,), 10, CPU) is None
+    assert predicted_speedup((1, 640, 4, 64), 0.1, (0.2,), 10, 1, CPU) is None
 
 
 def test_auto_stays_dense_where_sparse_would_be_slower(constants):

@@ -89,7 +89,9 @@ def run(transformer, call, steps=1):
 def test_density_one_with_padding_kept_equals_stock_bit_for_bit(case):
     transformer, call = case
     stock = run(transformer, call)
-    handle = enable_sparse_attention(transformer, density=1.0, num_steps=1, keep_padding=True)
+    handle = enable_sparse_attention(
+        transformer, "adaspa", density=1.0, num_steps=1, keep_padding=True
+    )
     assert run(transformer, call).equal(stock)
     layers = len(handle._installed[0].layers)
     assert handle.report().dense_calls == layers > 1
@@ -98,7 +100,7 @@ def test_density_one_with_padding_kept_equals_stock_bit_for_bit(case):
 def test_dropped_padding_equals_stock_within_rounding(case):
     transformer, call = case
     stock = run(transformer, call)
-    enable_sparse_attention(transformer, density=1.0, num_steps=1)
+    enable_sparse_attention(transformer, "adaspa", density=1.0, num_steps=1)
     assert (run(transformer, call) - stock).abs().max() < 1e-5
 
 
@@ -128,7 +130,7 @@ def test_token_refiner_is_left_alone():
     transformer = hunyuan()
     refiner = transformer.context_embedder.token_refiner.refiner_blocks[0].attn
     before = refiner.processor
-    enable_sparse_attention(transformer, **SPARSE)
+    enable_sparse_attention(transformer, "adaspa", **SPARSE)
     assert refiner.processor is before
 
 
@@ -136,7 +138,7 @@ def test_padding_does_not_reach_the_video():
     """With unequal texts, what stands in the padded slots of the shorter one must not matter."""
     torch.manual_seed(0)
     transformer, call = hunyuan().eval(), hunyuan_call((12, 5))
-    enable_sparse_attention(transformer, search_at=0.0, **SPARSE)
+    enable_sparse_attention(transformer, "adaspa", search_at=0.0, **SPARSE)
     first = run(transformer, call)
     call["encoder_hidden_states"][1, 5:] = 100.0
     assert (run(transformer, call) - first).abs().max() < 1e-5
@@ -148,7 +150,9 @@ def test_unequal_texts_get_what_each_gets_alone(make):
     transformer = make()
     call = hunyuan_call((12, 5)) if make is hunyuan else hunyuan_15_call((9, 4), (3, 1))
     single = {name: [value[i : i + 1] for i in range(2)] for name, value in call.items()}
-    handle = enable_sparse_attention(transformer, search_at=(0.0, 0.5), **SPARSE | {"num_steps": 2})
+    handle = enable_sparse_attention(
+        transformer, "adaspa", search_at=(0.0, 0.5), **SPARSE | {"num_steps": 2}
+    )
     both = run(transformer, call, steps=2)
     assert handle.report().density < 0.9
     for i in range(2):
@@ -161,7 +165,7 @@ def test_text_of_a_bfloat16_mask_is_counted_exactly():
     transformer, call = hunyuan(), hunyuan_call((12,))
     call["encoder_hidden_states"] = torch.randn(1, 300, 16)
     call["encoder_attention_mask"] = (torch.arange(300) < 259).to(torch.bfloat16)[None]
-    handle = enable_sparse_attention(transformer, density=1.0, num_steps=1)
+    handle = enable_sparse_attention(transformer, "adaspa", density=1.0, num_steps=1)
     run(transformer, call)
     assert handle._installed[0].state.call.grid.text_tokens == 259
 
@@ -170,7 +174,7 @@ def test_text_of_a_bfloat16_mask_is_counted_exactly():
 def test_no_prompt_at_all_in_hunyuan_15(valid_2):
     transformer, call = hunyuan_15(), hunyuan_15_call((0, 0), valid_2)
     stock = run(transformer, call)
-    enable_sparse_attention(transformer, density=1.0, num_steps=1)
+    enable_sparse_attention(transformer, "adaspa", density=1.0, num_steps=1)
     assert (run(transformer, call) - stock).abs().max() < 1e-5
 
 
@@ -187,7 +191,7 @@ class TestFusedProjections:
         """Bit-equal at density 1, through our processors."""
         ours, stock, call = twins
         expected = run(stock, call)
-        handle = enable_sparse_attention(ours, density=1.0, num_steps=1)
+        handle = enable_sparse_attention(ours, "adaspa", density=1.0, num_steps=1)
         assert run(ours, call).equal(expected) and handle.report().dense_calls == 2
         assert all("CogVideoX" not in note for note in handle.report().notes)
 
@@ -204,7 +208,7 @@ class TestFusedProjections:
         self.check_same(twins)
         disable_sparse_attention(ours)
         self.check_undone(twins)
-        enable_sparse_attention(ours, **SPARSE)
+        enable_sparse_attention(ours, "adaspa", **SPARSE)
         for transformer in (ours, stock):
             transformer.unfuse_qkv_projections()
         self.check_same(twins)
@@ -228,7 +232,7 @@ class TestFusedProjections:
     @pytest.mark.parametrize("then_unfuse", [False, True])
     def test_disabled_after_fusing_it_is_as_if_never_enabled(self, twins, then_unfuse):
         ours, stock, call = twins
-        handle = enable_sparse_attention(ours, **SPARSE)
+        handle = enable_sparse_attention(ours, "adaspa", **SPARSE)
         for transformer in (ours, stock):
             transformer.fuse_qkv_projections()
         handle.disable()
@@ -239,7 +243,7 @@ class TestFusedProjections:
     def test_a_failing_fuse_leaves_ours_on(self, twins, monkeypatch):
         ours, _, call = twins
         monkeypatch.setattr(type(ours), "set_attn_processor", lambda *args: 1 / 0)
-        handle = enable_sparse_attention(ours, density=1.0, num_steps=1)
+        handle = enable_sparse_attention(ours, "adaspa", density=1.0, num_steps=1)
         with pytest.raises(ZeroDivisionError):
             ours.fuse_qkv_projections()
         run(ours, call)
@@ -252,7 +256,7 @@ def test_compiles_without_a_graph_break(name):
     torch.manual_seed(0)
     make, call = CASES[name]
     transformer, call = make(), call()
-    enable_sparse_attention(transformer, **SPARSE | {"num_steps": 3})
+    enable_sparse_attention(transformer, "adaspa", **SPARSE | {"num_steps": 3})
     eager = run(transformer, call, steps=3)
     torch._dynamo.reset()
     transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
@@ -288,5 +292,5 @@ def test_a_class_derived_from_a_family_belongs_to_it():
     transformer, call = hunyuan(), hunyuan_call()
     stock = run(transformer, call)
     transformer.__class__ = type("Finetuned", (type(transformer),), {})
-    enable_sparse_attention(transformer, density=1.0, num_steps=1, keep_padding=True)
+    enable_sparse_attention(transformer, "adaspa", density=1.0, num_steps=1, keep_padding=True)
     assert run(transformer, call).equal(stock)

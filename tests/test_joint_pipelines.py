@@ -52,20 +52,20 @@ def test_the_cases_are_all_that_we_claim():
 def test_exact_then_sparse_then_undone(name, guided):
     pipe, call = build(name, guided=guided)
     stock = latents(pipe, call)
-    handle = enable_sparse_attention(pipe, density=1.0, keep_padding=True)
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0, keep_padding=True)
     assert latents(pipe, call).equal(stock)
     report = handle.report()
     branches = expected_branches(name, guided)
     layers = len(handle._installed[0].layers)
     assert report.dense_calls == layers * len(branches) * STEPS and report.effective_cost == 1
 
-    enable_sparse_attention(pipe, density=1.0)  # padded text dropped
+    enable_sparse_attention(pipe, "adaspa", density=1.0)  # padded text dropped
     assert apart(latents(pipe, call), stock) < 1e-5
-    handle = enable_sparse_attention(pipe, **ALL_KEPT)  # in block order, nothing left out
+    handle = enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)  # in block order, nothing left out
     assert apart(latents(pipe, call), stock) < 1e-5
     assert handle.report().reuse_calls == layers * len(branches)
 
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     sparse = latents(pipe, call)
     assert latents(pipe, call).equal(sparse) and sparse.isfinite().all()
     assert apart(sparse, stock) > 1e-4
@@ -85,9 +85,9 @@ def test_exact_then_sparse_then_undone(name, guided):
 def test_two_prompts(name):
     pipe, call = build(name, batch=2)
     stock = latents(pipe, call)
-    enable_sparse_attention(pipe, **ALL_KEPT)
+    enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
     assert apart(latents(pipe, call), stock) < 1e-5
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     sparse = latents(pipe, call)
     assert len(sparse) == 2 and sparse.isfinite().all()
 
@@ -97,16 +97,16 @@ def test_two_videos_per_prompt(name):
     """Where diffusers itself can: the others fail without us, or make one video all the same."""
     pipe, call = build(name)
     stock = latents(pipe, call, num_videos_per_prompt=2)
-    enable_sparse_attention(pipe, **ALL_KEPT)
+    enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
     assert apart(latents(pipe, call, num_videos_per_prompt=2), stock) < 1e-5
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     assert latents(pipe, call, num_videos_per_prompt=2).isfinite().all()
 
 
 def test_fusing_through_the_pipeline_keeps_sparsity():
     pipe = cogvideox_pipeline("CogVideoXPipeline")
     call = cogvideox_call(1, True)
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     sparse = latents(pipe, call)
     pipe.fuse_qkv_projections()
     assert apart(latents(pipe, call), sparse) < 1e-5 and handle.report().density < 0.9

@@ -45,8 +45,8 @@ def test_a_search_that_a_cache_skipped_is_made_up_for():
         (Rettention(density=0.1, search_at=(0.3, 0.5)), 10, 1, (3 + 2 * 1.1 + 5 * 0.1) / 10),
         (Window(density=0.3), 5, 0, (1 + 4 * 0.3) / 5),
         (DraftAttention(density=0.25), 8, 0, (2 + 6 * 0.25) / 8),
-        (Auto(density=0.1, search_at=(0.2, 0.6)), 4, 1, (1 + 2 * 1.225 + 0.1) / 4),
-        (Auto(density=0.1, search_at=(0.2, 0.6)), 4, 0.5, (1 + 2 * 0.725 + 0.1) / 4),
+        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 1, (1 + 2 * 1.225 + 0.2) / 5),
+        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 0.5, (1 + 2 * 0.725 + 0.2) / 5),
     ],
 )
 def test_planned_cost(config, num_steps, corrected, cost):
@@ -56,3 +56,16 @@ def test_planned_cost(config, num_steps, corrected, cost):
 
 def test_a_transformer_that_starts_in_the_middle_searches_first():
     assert step_kind(12, 25, AT, found_at=None) == "search"
+
+
+def test_searches_too_near_to_another_are_left_out():
+    assert search_steps((0.24, 0.49, 0.75), 4, apart=3) == [1]
+    assert search_steps((0.24, 0.49, 0.75), 10, apart=3) == [2, 5, 8]
+    assert search_steps((0.24, 0.49, 0.75), 8, apart=3) == [2, 6]  # 2, 4, 6
+    assert search_steps((0.1, 0.2, 0.3), 10) == [1, 2, 3]
+    kinds, found = [], None
+    for step in range(8):
+        kinds.append(step_kind(step, 8, Auto().search_at, found, apart=Auto.apart))
+        found = step if kinds[-1] == "search" else found
+    assert "".join(kind[0] for kind in kinds) == "ddsrrrsr"
+    assert Auto(density=0.1).planned_cost(4, 0.1, 1) == pytest.approx((1 + 1.225 + 0.2) / 4)

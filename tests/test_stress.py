@@ -10,7 +10,7 @@ from composed import FAMILIES, arguments, generate, make
 from dit_sparse import disable_sparse_attention, enable_sparse_attention
 
 OURS = ("cache_context", "_reset_stateful_cache", "fuse_qkv_projections", "unfuse_qkv_projections")
-METHODS = "adaspa", "adaspa-sampled", "window", "random", "auto-preview", "rettention"
+METHODS = "adaspa", "adaspa-sampled", "window", "random", "auto", "rettention"
 
 
 class Stopped(Exception):

@@ -48,7 +48,7 @@ def leftovers(module):
 
 def test_density_one_equals_stock_bit_for_bit_through_our_processors(pipe):
     stock = generate(pipe)
-    handle = enable_sparse_attention(pipe, density=1.0)
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0)
     assert generate(pipe).equal(stock)
     report = handle.report()
     layers = len(pipe.transformer.blocks)
@@ -68,7 +68,7 @@ def test_disable_restores_everything(pipe):
     untouched = tiny_wan()
     generate(untouched)
     before = [block.attn1.processor for block in pipe.transformer.blocks]
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe)
     handle.disable()
     handle.disable()
@@ -78,14 +78,14 @@ def test_disable_restores_everything(pipe):
 
 
 def test_same_seed_gives_the_same_frames(pipe):
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     first = generate(pipe)
     assert generate(pipe).equal(first)
     assert not generate(pipe, seed=1).equal(first)
 
 
 def test_two_call_guidance_keeps_two_states(pipe):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     kept = {}
     state = handle._installed[0].state
 
@@ -99,13 +99,13 @@ def test_two_call_guidance_keeps_two_states(pipe):
 
 
 def test_without_guidance_there_is_one_branch(pipe):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe, guidance=1.0)
     assert {entry["branch"] for entry in handle.report().trace} == {"cond"}
 
 
 def test_nothing_is_kept_after_a_run(pipe):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe)
     state = handle._installed[0].state
     assert not state.kept and handle.report().peak_cache_bytes > 0
@@ -113,16 +113,16 @@ def test_nothing_is_kept_after_a_run(pipe):
 
 def test_changes_of_size_and_batch_between_calls(pipe):
     fresh = tiny_wan()
-    enable_sparse_attention(fresh, **SPARSE)
+    enable_sparse_attention(fresh, "adaspa", **SPARSE)
     expected = generate(fresh, size=128)
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe)
     generate(pipe, prompt=["a", "b"])
     assert generate(pipe, size=128).equal(expected)
 
 
 def test_batch_gives_each_sample_what_it_gets_alone(pipe):
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     latents = torch.randn(2, 16, 3, 12, 12)
     both = generate(pipe, prompt=["a red ball", "a dog"], latents=latents)
     alone = generate(pipe, prompt="a dog", latents=latents[1:])
@@ -132,7 +132,7 @@ def test_batch_gives_each_sample_what_it_gets_alone(pipe):
 @pytest.mark.parametrize("failing_call", [1, 2, 8])  # in either branch, at either kind of step
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_exception_inside_a_run_does_not_poison_the_next(pipe, error, failing_call):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     expected = generate(pipe)
     calls = iter(range(1, 100))
 
@@ -154,9 +154,9 @@ def test_two_transformers_each_with_a_state_of_its_own():
     pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
     pipe.set_progress_bar_config(disable=True)
     dense = generate(pipe)
-    handle = enable_sparse_attention(pipe, density=1.0)
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0)
     assert generate(pipe).equal(dense) and handle.report().effective_cost == 1
-    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    handle = enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
     assert (generate(pipe) - dense).abs().max() < 1e-5
     report = handle.report()
     late = min(record.step for record in handle._installed[1].state.trace)
@@ -172,20 +172,20 @@ def test_timesteps_per_token_follow_the_token_order():
     timestep = torch.linspace(1, 900, 108).unsqueeze(0)
     with torch.no_grad():
         stock = transformer(latents, timestep, text).sample
-        enable_sparse_attention(transformer, num_steps=1, **ALL_KEPT)
+        enable_sparse_attention(transformer, "adaspa", num_steps=1, **ALL_KEPT)
         assert (transformer(latents, timestep, text).sample - stock).abs().max() < 1e-5
 
 
 def test_a_bare_transformer_needs_the_number_of_steps():
     transformer = tiny_wan().transformer
-    enable_sparse_attention(transformer, **SPARSE)
+    enable_sparse_attention(transformer, "adaspa", **SPARSE)
     with pytest.raises(RuntimeError, match="num_steps="), torch.no_grad():
         transformer(torch.randn(1, 16, 3, 12, 12), torch.tensor([5.0]), torch.randn(1, 16, 32))
 
 
 def test_steps_and_branches_without_cache_contexts(pipe):
     """Wan video-to-video calls the transformer outside of any context."""
-    handle = enable_sparse_attention(pipe.transformer, num_steps=5, **SPARSE)
+    handle = enable_sparse_attention(pipe.transformer, "adaspa", num_steps=5, **SPARSE)
     latents, text = torch.randn(1, 16, 3, 12, 12), torch.randn(1, 16, 32)
     for _ in range(2):
         for time in torch.linspace(900, 100, 5):
@@ -203,7 +203,7 @@ def test_video_to_video_runs_the_last_steps_of_a_schedule(pipe):
     wanted = WanVideoToVideoPipeline._get_signature_types()
     pipe = WanVideoToVideoPipeline(**{k: v for k, v in pipe.components.items() if k in wanted})
     pipe.set_progress_bar_config(disable=True)
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     pipe(
         video=[Image.new("RGB", (96, 96), (20 * i, 0, 0)) for i in range(9)],
         prompt_embeds=torch.randn(1, 16, 32),
@@ -221,7 +221,7 @@ def test_video_to_video_runs_the_last_steps_of_a_schedule(pipe):
 
 def test_enabling_again_replaces(pipe):
     stock = generate(pipe)
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     second = enable_sparse_attention(pipe, "window", **SPARSE)
     generate(pipe)
     assert second.report().method == "window"
@@ -231,7 +231,7 @@ def test_enabling_again_replaces(pipe):
 
 
 def test_a_second_pipeline_on_the_same_transformer_replaces_and_says_so(pipe, caplog):
-    first = enable_sparse_attention(pipe, **SPARSE)
+    first = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     second = enable_sparse_attention(WanPipeline(**pipe.components), "window", **SPARSE)
     assert not first.enabled and second.enabled
     assert any("shared" in note for note in first.report().notes)
@@ -249,7 +249,7 @@ def test_a_failure_while_enabling_leaves_every_transformer_as_it_was(pipe):
     norm_out = second.norm_out
     second.norm_out = None  # the last hook of the second transformer finds nothing to hang on
     with pytest.raises(AttributeError):
-        enable_sparse_attention(pipe, **SPARSE)
+        enable_sparse_attention(pipe, "adaspa", **SPARSE)
     second.norm_out = norm_out
     after = [block.attn1.processor for t in (pipe.transformer, second) for block in t.blocks]
     assert after == before
@@ -264,7 +264,7 @@ def test_an_enabled_transformer_cannot_be_copied(pipe):
 
 def test_two_pipelines_with_different_configs(pipe):
     other = tiny_wan(seed=1)
-    alone = enable_sparse_attention(pipe, **SPARSE) and generate(pipe)
+    alone = enable_sparse_attention(pipe, "adaspa", **SPARSE) and generate(pipe)
     enable_sparse_attention(other, "random", density=0.3, block_size=32)
     generate(other)
     assert generate(pipe).equal(alone)
@@ -272,7 +272,7 @@ def test_two_pipelines_with_different_configs(pipe):
 
 def test_context_manager_disables_after_an_error(pipe):
     stock = generate(pipe)
-    with pytest.raises(ZeroDivisionError), enable_sparse_attention(pipe, **SPARSE):
+    with pytest.raises(ZeroDivisionError), enable_sparse_attention(pipe, "adaspa", **SPARSE):
         raise ZeroDivisionError
     assert generate(pipe).equal(stock)
 
@@ -284,7 +284,7 @@ def test_compiles_to_one_graph_per_block_kind():
     pipe.transformer = WanTransformer3DModel.from_config(
         dict(pipe.transformer.config, num_layers=12)
     ).eval()
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     eager = generate(pipe)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
@@ -308,7 +308,7 @@ def test_compiled_first_is_refused(pipe, how):
 
 
 def test_enabled_first_and_wrapped_by_compile_second_runs_and_can_be_undone(pipe):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     eager = generate(pipe)
     transformer = pipe.transformer
     pipe.transformer = torch.compile(transformer, backend="eager")
@@ -319,14 +319,14 @@ def test_enabled_first_and_wrapped_by_compile_second_runs_and_can_be_undone(pipe
 
 
 def test_fused_projections(pipe):
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     plain = generate(pipe)
     pipe.transformer.fuse_qkv_projections()
     assert (generate(pipe) - plain).abs().max() < 1e-5
 
 
 def test_replaced_processors_are_reported(pipe, caplog):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     pipe.transformer.set_attn_processor(type(pipe.transformer.blocks[0].attn2.processor)())
     generate(pipe)
     assert any("replaced" in note for note in handle.report().notes)
@@ -341,7 +341,7 @@ def test_processors_of_the_user_are_put_aside_and_come_back(pipe):
     own = OwnProcessor()
     for block in pipe.transformer.blocks:
         block.attn1.set_processor(own)
-    with enable_sparse_attention(pipe, **SPARSE) as handle:
+    with enable_sparse_attention(pipe, "adaspa", **SPARSE) as handle:
         assert any("OwnProcessor" in note for note in handle.report().notes)
     assert all(block.attn1.processor is own for block in pipe.transformer.blocks)
 
@@ -349,7 +349,7 @@ def test_processors_of_the_user_are_put_aside_and_come_back(pipe):
 def test_the_users_backend_runs_the_dense_steps(pipe):
     pipe.transformer.set_attention_backend("_native_math")
     stock = generate(pipe)
-    enable_sparse_attention(pipe, density=1.0)
+    enable_sparse_attention(pipe, "adaspa", density=1.0)
     assert generate(pipe).equal(stock)
     pipe.transformer.reset_attention_backend()
 
@@ -357,7 +357,7 @@ def test_the_users_backend_runs_the_dense_steps(pipe):
 def test_handle_and_pipeline_can_be_collected():
     pipe = tiny_wan()
     transformer = weakref.ref(pipe.transformer)
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe)
     del pipe
     gc.collect()
@@ -365,7 +365,7 @@ def test_handle_and_pipeline_can_be_collected():
 
 
 def test_measured_cost_and_mass(pipe):
-    handle = enable_sparse_attention(pipe, measure=True, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", measure=True, **SPARSE)
     generate(pipe)
     report = handle.report()
     density = report.density
@@ -385,7 +385,7 @@ def test_measured_cost_and_mass(pipe):
 def test_int8_precision_is_told_and_near_full_precision(pipe):
     frames = {}
     for precision in ("full", "int8"):
-        with enable_sparse_attention(pipe, precision=precision, **SPARSE) as handle:
+        with enable_sparse_attention(pipe, "adaspa", precision=precision, **SPARSE) as handle:
             frames[precision] = generate(pipe)
             assert handle.report().engines == ["torch" if precision == "full" else "torch int8"]
     off = (frames["full"] - frames["int8"]).abs().mean()
@@ -397,7 +397,7 @@ def test_a_run_that_skips_a_transformer_does_not_report_its_last_run():
     second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
     pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
     pipe.set_progress_bar_config(disable=True)
-    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    handle = enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
     generate(pipe)
     both, second_trace = handle.report(), handle._installed[1].state.trace
     assert second_trace and both.steps == 6
@@ -412,7 +412,7 @@ def test_a_run_that_failed_between_two_calls_is_not_in_the_report_of_the_next():
     second = WanTransformer3DModel.from_config(stock.transformer.config).eval()
     pipe = WanPipeline(**stock.components | {"transformer_2": second}, boundary_ratio=0.875)
     pipe.set_progress_bar_config(disable=True)
-    handle = enable_sparse_attention(pipe, **ALL_KEPT)
+    handle = enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
 
     def fail(pipe, step, timestep, kwargs):  # where diffusers tells no transformer
         if step == 5:
@@ -430,7 +430,7 @@ def test_a_run_that_failed_between_two_calls_is_not_in_the_report_of_the_next():
 
 @pytest.mark.parametrize("between_calls", [False, True])
 def test_another_pipeline_on_the_transformer_after_a_run_that_failed(pipe, between_calls):
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     other = WanVideoToVideoPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     expected = video_to_video(tiny_video_to_video(), SPARSE)
@@ -456,7 +456,7 @@ def tiny_video_to_video():
 
 def video_to_video(pipe, options=None):
     if options is not None:
-        enable_sparse_attention(pipe, **options)
+        enable_sparse_attention(pipe, "adaspa", **options)
     text = torch.ones(1, 16, 32)
     return pipe(
         video=[Image.new("RGB", (96, 96), (20 * i, 0, 0)) for i in range(9)],
@@ -472,7 +472,7 @@ def video_to_video(pipe, options=None):
 
 
 def test_a_backend_set_while_enabled_stays_when_disabled(pipe):
-    with enable_sparse_attention(pipe, **SPARSE):
+    with enable_sparse_attention(pipe, "adaspa", **SPARSE):
         pipe.transformer.set_attention_backend("_native_math")
     backends = {b.attn1.processor._attention_backend.value for b in pipe.transformer.blocks}
     pipe.transformer.reset_attention_backend()
@@ -480,7 +480,7 @@ def test_a_backend_set_while_enabled_stays_when_disabled(pipe):
 
 
 def test_a_run_that_costs_more_than_dense_says_so(pipe):
-    handle = enable_sparse_attention(pipe, density=0.9, search_at=(0.0, 0.5))
+    handle = enable_sparse_attention(pipe, "adaspa", density=0.9, search_at=(0.0, 0.5))
     generate(pipe)
     report = handle.report()
     assert report.effective_cost >= 1
@@ -489,7 +489,7 @@ def test_a_run_that_costs_more_than_dense_says_so(pipe):
 
 @pytest.mark.parametrize(("steps", "told"), [(1, True), (3, True), (6, False)])
 def test_a_run_that_will_cost_more_than_dense_is_told_at_its_first_step(pipe, caplog, steps, told):
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     first = []
 
     def look(pipe, step, timestep, kwargs):
@@ -510,7 +510,7 @@ def test_runs_that_are_dense_on_purpose_are_not_called_costly(pipe, caplog):
 
 
 def test_the_mass_of_an_old_log_sum_exp_is_not_reported(pipe):
-    handle = enable_sparse_attention(pipe, density=0.3, search_at=(0.0, 0.5))
+    handle = enable_sparse_attention(pipe, "adaspa", density=0.3, search_at=(0.0, 0.5))
     generate(pipe)
     searches = [entry for entry in handle.report().trace if entry["kind"] == "search"]
     first, second = (

@@ -45,7 +45,7 @@ def layers(pipe):
 
 def test_density_one_equals_stock_bit_for_bit_and_so_does_disabled(name):
     pipe, call, stock = made(name)
-    with enable_sparse_attention(pipe, density=1.0) as handle:
+    with enable_sparse_attention(pipe, "adaspa", density=1.0) as handle:
         assert generate(pipe, call).equal(stock)
     report = handle.report()
     assert report.steps == STEPS and report.effective_cost == 1
@@ -58,7 +58,7 @@ def test_density_one_equals_stock_bit_for_bit_and_so_does_disabled(name):
 def test_all_blocks_kept_equals_stock_within_rounding(name, order):
     """Finds whatever per-token input does not follow the order: nothing is lost but by that."""
     pipe, call, stock = made(name)
-    with enable_sparse_attention(pipe, order=order, **ALL_KEPT) as handle:
+    with enable_sparse_attention(pipe, "adaspa", order=order, **ALL_KEPT) as handle:
         assert (generate(pipe, call) - stock).abs().max() < 1e-5
     report = handle.report()
     assert report.reuse_calls == layers(pipe) * 2 and report.density == 1
@@ -78,7 +78,7 @@ def test_sparse_runs_keep_a_state_for_each_branch_and_all_of_the_given_frames(na
                 kept.add(key)
         return kwargs
 
-    with enable_sparse_attention(pipe, **SPARSE) as handle:
+    with enable_sparse_attention(pipe, "adaspa", **SPARSE) as handle:
         frames = generate(pipe, call, output_type="pt", callback_on_step_end=look)
         call_grids = {i.state.call.grid.conditioning_frames for i in handle._installed}
         plain = generate(pipe, call, guidance=1.0)
@@ -97,7 +97,7 @@ def branches(name):
 def test_sparse_differs_from_dense_and_repeats_itself():
     for name in ("I2V 2.2", "VACE, references", "Animate"):
         pipe, call, stock = made(name)
-        with enable_sparse_attention(pipe, **SPARSE) as handle:
+        with enable_sparse_attention(pipe, "adaspa", **SPARSE) as handle:
             sparse = generate(pipe, call)
             assert (sparse - stock).abs().max() > 1e-4 and handle.report().density < 0.8
             assert generate(pipe, call).equal(sparse)
@@ -111,9 +111,9 @@ def test_batches(name):
     for changes in cases:
         stock = generate(pipe, call, steps=2, **changes)
         assert stock.shape[0] == 2
-        with enable_sparse_attention(pipe, search_at=0.0, **ALL_KEPT):
+        with enable_sparse_attention(pipe, "adaspa", search_at=0.0, **ALL_KEPT):
             assert (generate(pipe, call, steps=2, **changes) - stock).abs().max() < 1e-5
-        with enable_sparse_attention(pipe, search_at=0.0, **SPARSE):
+        with enable_sparse_attention(pipe, "adaspa", search_at=0.0, **SPARSE):
             assert generate(pipe, call, steps=2, **changes).isfinite().all()
 
 
@@ -165,7 +165,7 @@ def test_odd_grids_and_two_samples(case, order):
 
 def test_given_frames_that_exceed_the_density_are_told(caplog):
     pipe, call, _ = made("I2V 2.2")
-    with enable_sparse_attention(pipe, density=0.1, block_size=32) as handle:
+    with enable_sparse_attention(pipe, "adaspa", density=0.1, block_size=32) as handle:
         generate(pipe, call)
     assert any("25%" in note and "density=0.1" in note for note in handle.report().notes)
     assert any("always attended" in message for message in caplog.messages)
@@ -179,7 +179,7 @@ def test_compiles_to_one_graph_per_block_kind(name, kinds):
     pipe, call = PIPELINES[name][0]()
     if not pipe.transformer._repeated_blocks:
         pytest.skip("diffusers 0.36 does not know the repeated blocks of VACE")
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     eager = generate(pipe, call)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
@@ -190,7 +190,7 @@ def test_compiles_to_one_graph_per_block_kind(name, kinds):
 
 def test_fused_projections_of_animate():
     pipe, call = animate()
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     plain = generate(pipe, call)
     for block in pipe.transformer.blocks:  # fuse_qkv_projections fails on face blocks in 0.36
         block.attn1.fuse_projections()
@@ -207,7 +207,7 @@ def test_animate_2_is_refused_with_its_reason():
 def test_diffusion_forcing_is_refused_with_its_reason():
     pipe, _ = PIPELINES["SkyReels-V2"][0]()
     given = torch.randn(1, 4, 3, 10, 14), torch.full((1, 3), 500), text()["prompt_embeds"]
-    enable_sparse_attention(pipe.transformer, num_steps=2)
+    enable_sparse_attention(pipe.transformer, "adaspa", num_steps=2)
     with pytest.raises(ValueError, match="one noise level for all frames.*SkyReelsV2Pipeline"):
         pipe.transformer(*given, enable_diffusion_forcing=True)
 

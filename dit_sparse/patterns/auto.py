@@ -10,6 +10,8 @@ residual as in Re-ttention (2505.22918), here R = O_dense - O_(sparse with tail)
 - A search of a layer without one runs sparse at once.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
+- Runs of few steps leave out searches that come less than three steps after another: they would
+  cost more than dense attention.
 - Where `cost_model.json` knows the GPU and expects sparse to be slower, every step runs dense.
 """
 
@@ -65,6 +67,7 @@ class Auto(SparseConfig):
         " branch: 23 GB for HunyuanVideo 720p, cut to max_cache_bytes"
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
+    apart: ClassVar[int] = 3
     refuses: ClassVar[bool] = True
     search_cost: ClassVar[float] = 0.125
     tail: ClassVar[bool] = True
