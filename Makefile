@@ -9,7 +9,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,-r constraints-cpu.txt)
 
 # PIPELINE=hunyuan_video_tiny, cogvideox_tiny or wan_tiny_lora: another of the small ones.
 demo: .venv/installed
-	$(BIN)/dit-sparse compare --method adaspa $(if $(findstring lora,$(PIPELINE)),,--steps 10) \
+	$(BIN)/dit-sparse compare --method auto $(if $(findstring lora,$(PIPELINE)),,--steps 10) \
 		--out demo $(if $(PIPELINE),--pipeline $(PIPELINE))
 
 test: .venv/installed-test

@@ -1,6 +1,6 @@
 """Take the pictures of docs/looking.md of a comparison's page, in headless Chromium.
 
-    dit-sparse compare --steps 10 -m adaspa -m window:density=0.3 -m random:density=0.3 -o FOLDER
+    dit-sparse compare --steps 10 -m auto -m adaspa -m window:density=0.3 -o FOLDER
     python docs/draw_screenshots.py FOLDER [--seconds]
 
 Needs chromium, chromedriver and selenium. Seconds are left out unless nothing else ran meanwhile.
