@@ -525,6 +525,7 @@ def wrong_cases(bench: Bench, *kinds: str) -> list[str]:
     return [r["engine"] for r in bench.records if r["shape"] in kinds and "error" in r]
 
 
+@torch.no_grad()
 def main() -> None:
     add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
     add(
@@ -586,7 +587,6 @@ def time_all(bench: Bench, options) -> None:
             return
     search = not (options.skip_search or wrong_cases(bench, *SEARCH_CASES))
     torch.manual_seed(0)
-    torch.set_grad_enabled(False)
     for shape in SHAPES:
         if options.shape and shape.name not in options.shape:
             continue

@@ -8,7 +8,7 @@ from tiny_joint import PIPELINES
 from dit_sparse import enable_sparse_attention
 
 FAMILIES = "Wan", "HunyuanVideo", "CogVideoX"
-SPARSE = {"density": 0.4, "block_size": 32, "search_at": (0.2, 0.6)}
+SPARSE = {"method": "adaspa", "density": 0.4, "block_size": 32, "search_at": (0.2, 0.6)}
 STEPS = 5
 
 

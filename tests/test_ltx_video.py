@@ -26,17 +26,17 @@ def test_the_cases_are_all_that_we_claim():
 def test_exact_then_sparse_then_undone(name, guided):
     pipe, call = ltx_pipeline(name), PIPELINES[name](1, guided)
     stock = latents(pipe, call)
-    handle = enable_sparse_attention(pipe, density=1.0)
+    handle = enable_sparse_attention(pipe, "adaspa", density=1.0)
     assert latents(pipe, call).equal(stock)
     report = handle.report()
     assert report.dense_calls == 2 * STEPS and report.effective_cost == 1
 
     for order in ("tile", "curve"):  # nothing left out
-        handle = enable_sparse_attention(pipe, order=order, **ALL_KEPT)
+        handle = enable_sparse_attention(pipe, "adaspa", order=order, **ALL_KEPT)
         assert apart(latents(pipe, call), stock) < 1e-5
     assert handle.report().reuse_calls == 2
 
-    handle = enable_sparse_attention(pipe, **SPARSE)
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     sparse = latents(pipe, call)
     assert latents(pipe, call).equal(sparse) and sparse.isfinite().all()
     assert apart(sparse, stock) > 1e-4
@@ -56,9 +56,9 @@ def test_exact_then_sparse_then_undone(name, guided):
 def test_two_prompts(name):
     pipe, call = ltx_pipeline(name), PIPELINES[name](2, True)
     stock = latents(pipe, call)
-    enable_sparse_attention(pipe, **ALL_KEPT)
+    enable_sparse_attention(pipe, "adaspa", **ALL_KEPT)
     assert apart(latents(pipe, call), stock) < 1e-5
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     assert latents(pipe, call).isfinite().all()
 
 
@@ -74,13 +74,13 @@ def test_fused_projections_give_what_the_stock_processor_gives():
     pipe, call = ltx_pipeline("LTXPipeline"), ltx_call(1, True)
     stock = latents(pipe, call)
     pipe.transformer.fuse_qkv_projections()
-    enable_sparse_attention(pipe, density=1.0)
+    enable_sparse_attention(pipe, "adaspa", density=1.0)
     assert latents(pipe, call).equal(stock)
 
 
 def test_compiles_without_a_graph_break():
     pipe, call = ltx_pipeline("LTXImageToVideoPipeline"), ltx_call(1, True, image=True)
-    enable_sparse_attention(pipe, **SPARSE)
+    enable_sparse_attention(pipe, "adaspa", **SPARSE)
     eager = latents(pipe, call)
     torch._dynamo.reset()
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
