@@ -176,15 +176,15 @@ class Masks:
         self.made: dict[tuple, torch.Tensor] = {}
 
     def of(self, search: Search, config: SparseConfig) -> torch.Tensor:
-        heads, device = search.query.shape[2], search.query.device
+        heads, device = search.heads, search.query.device
         blocks = search.grid.num_blocks(config.block_size)
         if self.source not in ("random", "near"):
-            return self._recorded(search.layer, heads, blocks).to(device)
+            return self._recorded(search.layer, heads, blocks)[:, search.own_heads].to(device)
         place = config.density, config.block_size, search.grid
         if place not in self.made:
             self.made.clear()
             self.made[place] = self._make(search, config, heads, blocks, device)
-        return self.made[place].roll(search.layer, dims=1)
+        return self.made[place].roll(search.layer, dims=1)[:, search.own_heads]
 
     def _make(self, search, config, heads, blocks, device) -> torch.Tensor:
         forced = forced_blocks(search.grid, config.block_size, device, config.own_block)
@@ -257,6 +257,8 @@ class Loop:
 
 class Benchmark:
     """One model, and the rows found so far; the file is written after each."""
+
+    regions: tuple[str, ...] = REGIONS
 
     def __init__(self, args: argparse.Namespace):
         self.started, self.args = time.perf_counter(), args
@@ -360,7 +362,7 @@ class Benchmark:
             "kind": kind,
             **facts,
             "seconds": sum(seconds.values()),
-            **{f"{region}_s": seconds[region] for region in REGIONS},
+            **{f"{region}_s": seconds[region] for region in self.regions},
             "unpack_s": unpack,  # also in selection_s
             "peak_bytes": peak + self.weights_not_built() + masks_not_built,
             "measured_seconds": measured,
@@ -368,7 +370,7 @@ class Benchmark:
             "repeats": len(found),
         }
         self.result["rows"].append(row)
-        parts = ", ".join(f"{r} {row[f'{r}_s']:.4g}" for r in REGIONS if row[f"{r}_s"])
+        parts = ", ".join(f"{r} {row[f'{r}_s']:.4g}" for r in self.regions if row[f"{r}_s"])
         mode = "compiled" if row["compiled"] else "eager"
         self.say(f"{mode} {kind} at density {row['density']}: {row['seconds']:.4g} s ({parts})")
         self.write()
@@ -651,7 +653,7 @@ def counts_of(search_at: tuple[float, ...]) -> Counter[str]:
     return counts
 
 
-def main(argv: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
     add = (
         parser := argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     ).add_argument
@@ -673,7 +675,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--compile-backend", default="inductor")
     add("--commit", help="commit to record where there is no git")
     add("--tiny", action="store_true", help="tiny shapes, to try the script without a GPU")
-    Benchmark(parser.parse_args(argv)).run()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    Benchmark(options().parse_args(argv)).run()
 
 
 if __name__ == "__main__":

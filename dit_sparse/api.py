@@ -21,7 +21,7 @@ from .one_thread import OneThread
 from .parallelism import (
     degree_of,
     follow_parallelism,
-    lift_hooks,
+    put_aside,
     refuse_heads,
     refuse_other_parallelism,
     ulysses_of,
@@ -225,7 +225,7 @@ class Installation:
             self.state.ulysses = ulysses_of(transformer)
             if self.state.ulysses is not None:
                 self._check_heads(self.state.ulysses.degree)
-                undo.callback(lift_hooks(transformer))
+                undo.callback(put_aside(transformer))
             watched = self.denoising.watch(transformer, self.one_thread.enter, self._end_run)
             undo.callback(watched)
             for module in family.self_attentions(transformer):

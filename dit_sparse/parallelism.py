@@ -1,7 +1,7 @@
 """diffusers' context parallelism beside ours: what is accepted, and whose hooks split the tokens.
 
-diffusers splits by hooks of its own, in raster order. Ours split too, in block order, so that its
-hooks are put aside meanwhile.
+diffusers splits by hooks of its own, in raster order, and exchanges in its processors. Ours do both
+too, in block order, so that its own are put aside meanwhile.
 """
 
 from collections.abc import Callable, Iterable
@@ -57,10 +57,15 @@ def _context(config: Any) -> Any:
     return config if hasattr(config, "ring_degree") else config.context_parallel_config
 
 
-def lift_hooks(transformer: nn.Module) -> Callable[[], None]:
-    """Take diffusers' hooks of context parallelism off; returns how to put them on again."""
-    lifted = []
+def put_aside(transformer: nn.Module) -> Callable[[], None]:
+    """Take off diffusers' hooks of context parallelism, and the exchange in its processors: to a
+    text that is not split no exchange is needed. Returns how to undo it."""
+    lifted, told = [], []
     for module in transformer.modules():
+        processor: Any = getattr(module, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            told.append((processor, processor._parallel_config))
+            processor._parallel_config = None
         registry = getattr(module, "_diffusers_hook", None)
         for name in [] if registry is None else list(registry.hooks):
             if name.startswith(HOOKS):
@@ -70,6 +75,8 @@ def lift_hooks(transformer: nn.Module) -> Callable[[], None]:
     def put_back() -> None:
         for registry, hook, name in lifted:
             registry.register_hook(hook, name)
+        for processor, config in told:
+            processor._parallel_config = config
 
     return put_back
 
