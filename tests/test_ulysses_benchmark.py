@@ -1,0 +1,67 @@
+"""benchmarks/ulysses.py at tiny shapes on two processes, and its model of more GPUs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from two_processes import on_two
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import ulysses as benchmark  # noqa: E402
+
+KINDS = {"dense", "warm-up", "search", "first reuse", "reuse", "search again"}
+
+
+def run(rank, out):
+    benchmark.main(["--smoke", "--repeats", "1", "--density", "0.4", "--out", str(out)])
+
+
+def check(result):
+    assert set(result["kinds"]) == KINDS and result["gpus"] == 2
+    assert set(result["difference_to_one_gpu"]) == {"dense", "search", "reuse", "search again"}
+    assert max(result["difference_to_one_gpu"].values()) < 1e-5
+    for gpus in (1, 2):
+        rows = result[f"on_{gpus}"]["rows"]
+        assert {row["kind"] for row in rows} == KINDS
+        for row in rows:
+            assert (row["exchange_s"] > 0) == (gpus == 2) and row["attention_s"] > 0
+            assert (row["search_s"] > 0) == row["kind"].startswith("search")
+    first = result["schedules"][0]
+    assert set(first["seconds_50"]) == {"1", "2"}
+    assert set(first["predicted_seconds_50"]) == {"4", "8"}
+    ratio = first["seconds_50"]["1"] / first["seconds_50"]["2"]
+    assert first["speedup_by_gpus"] == pytest.approx(ratio)
+    assert result["environment"]["commit"]
+
+
+def test_two_processes_equal_one_and_every_row_is_there(tmp_path):
+    on_two(tmp_path, run, tmp_path / "out.json")
+    check(json.loads((tmp_path / "out.json").read_text()))
+
+
+@pytest.mark.slow
+def test_by_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    options = ["--smoke", "--density", "0.4", "--repeats", "1", "--out", str(tmp_path / "x.json")]
+    script = str(BENCHMARKS / "ulysses.py")
+    subprocess.run([*command, script, *options], check=True, timeout=300)
+    check(json.loads((tmp_path / "x.json").read_text()))
+
+
+def test_the_model_of_more_gpus_gives_back_what_it_was_fitted_to():
+    one = {"kind": "dense", "attention_s": 8.0, "rest_s": 3.0, "unpack_s": 0.0, "exchange_s": 0.0}
+    two = one | {"attention_s": 4.0, "rest_s": 2.0, "exchange_s": 0.5}
+    assert benchmark.predicted_row(one, two, 2) == {
+        "attention_s": 4.0,
+        "rest_s": 2.0,
+        "exchange_s": 0.5,
+    }
+    four = benchmark.predicted_row(one, two, 4)
+    assert four == {"attention_s": 2.0, "rest_s": 1.5, "exchange_s": 0.5 * 3 / 4}
+    assert benchmark.predicted_seconds([one], [two], {"dense": 10}, 4) == pytest.approx(38.75)
+    slower = two | {"rest_s": 3.5}  # nothing of it is shared
+    assert benchmark.predicted_row(one, slower, 8)["rest_s"] == 3.0
