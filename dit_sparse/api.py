@@ -18,6 +18,14 @@ from .config import SparseConfig, flag, whole
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .one_thread import OneThread
+from .parallelism import (
+    degree_of,
+    follow_parallelism,
+    lift_hooks,
+    refuse_heads,
+    refuse_other_parallelism,
+    ulysses_of,
+)
 from .patterns import METHODS, method_class
 from .pipelines.family import Family, Prepared, Undo, families, family_of, refusal_of
 from .preset import SUFFIX, read_preset
@@ -69,7 +77,8 @@ def enable_sparse_attention(
         ValueError: an unknown method, an argument or option with a value that is not allowed, or
             a forced engine on a machine where it cannot run.
         TypeError: an option that the method does not have.
-        RuntimeError: the transformer is compiled, sharded over several GPUs, or has FasterCache.
+        RuntimeError: the transformer is compiled, has FasterCache, or is shared by several GPUs
+            otherwise than by Ulysses.
     """
     config, name = make_config(method, options)
     flag("measure", measure)
@@ -84,7 +93,6 @@ def enable_sparse_attention(
         return SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)
     _refuse_compiled(pipe)
     for transformer, _ in transformers:
-        _refuse_sharded(transformer)
         refuse_faster_cache(transformer)
     for handle in _handles(pipe):
         handle.disable()
@@ -199,26 +207,65 @@ class Installation:
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.swaps: list[Swap] = []
-        with ExitStack() as undo:  # what is done so far is undone if the rest fails
+        self.measure = measure
+        with ExitStack() as undo:
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
+            follows = follow_parallelism(transformer, self._check_parallelism, self.off, self.on)
+            undo.callback(follows)
+            self.on()
+            undo.callback(self.off)
+            self._undo = undo.pop_all()
+
+    def on(self) -> None:
+        transformer, family = self.transformer, self.family
+        self.layers.clear()
+        self.swaps.clear()
+        with ExitStack() as undo:  # what is done so far is undone if the rest fails
+            self.state.ulysses = ulysses_of(transformer)
+            if self.state.ulysses is not None:
+                self._check_heads(self.state.ulysses.degree)
+                undo.callback(lift_hooks(transformer))
             watched = self.denoising.watch(transformer, self.one_thread.enter, self._end_run)
             undo.callback(watched)
             for module in family.self_attentions(transformer):
-                undo.callback(self._install_processor(module, measure))
+                undo.callback(self._install_processor(module))
             self.state.layers = len(self.layers)
             undo.callback(keep_through_fusion(transformer, self.swaps))
             for undo_hook in family.hooks(transformer, self):
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
             undo.callback(hook.remove)
-            self._undo = undo.pop_all()
+            self._off = undo.pop_all()
 
-    def _install_processor(self, module: Any, measure: bool) -> Undo:
+    def off(self) -> None:
+        self._off.close()
+        self.state.drop()
+
+    def _check_parallelism(self, config: Any) -> None:
+        if is_compiled(self.transformer):
+            raise RuntimeError("the transformer is compiled: call enable_parallelism before that")
+        refuse_other_parallelism(config)
+        self._check_heads(degree_of(config))
+
+    def _check_heads(self, degree: int) -> None:
+        if not self.family.splits:
+            raise RuntimeError(
+                f"{self.family.name} does not run sparse on several GPUs: its layers slice the"
+                " tokens by frame; run one pipeline per GPU"
+            )
+        if self.config.compares_heads:
+            raise ValueError(
+                f"{self.handle.method} compares the heads of a layer, which several GPUs share:"
+                " choose another method, or run one pipeline per GPU"
+            )
+        refuse_heads(self.family.self_attentions(self.transformer), degree)
+
+    def _install_processor(self, module: Any) -> Undo:
         name = type(module.processor).__name__
         if name not in (self.family.stock_processor, self.family.fused_processor):
             self.handle.note(f"{name} is put aside until sparse attention is disabled")
-        layer = LayerAttention(self.state, self.config, len(self.layers), measure)
+        layer = LayerAttention(self.state, self.config, len(self.layers), self.measure)
         swap = Swap(module, self.family.processor(register_layer(layer)))
         layer.dense = swap.ours.dense
         self.layers.append(layer)
@@ -270,10 +317,10 @@ class Installation:
         if order is None:
             return {}
         names = [name for name in prepared.per_token if given.get(name) is not None]
-        changed: dict = {name: tuple(x[order[0]] for x in given[name]) for name in names}
-        if prepared.latent_patch is not None:
+        changed: dict = {name: tuple(x[order] for x in given[name]) for name in names}
+        if prepared.latent_patch is not None and not self.split:
             patch = prepared.latent_patch
-            changed["hidden_states"] = order_patches(latents, prepared.grid, patch, order[0])
+            changed["hidden_states"] = order_patches(latents, prepared.grid, patch, order)
         return changed
 
     @property
@@ -281,24 +328,49 @@ class Installation:
         assert self.state.call is not None
         return self.state.call.grid
 
+    @property
+    def split(self) -> bool:
+        return self.state.ulysses is not None
+
     @torch.compiler.disable
-    def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def order(self, like: Tensor) -> Tensor | None:
+        orders, ulysses = self._orders(like), self.state.ulysses
+        if ulysses is None:
+            return None if orders is None else orders[0]
+        part = ulysses.part(self.grid.video_tokens)
+        if orders is None:
+            return torch.arange(part.start, part.stop, device=like.device)
+        return orders[0][part]
+
+    @torch.compiler.disable
+    def restored(self, x: Tensor) -> Tensor:
+        orders, ulysses = self._orders(x), self.state.ulysses
+        if ulysses is not None:
+            x = ulysses.all_tokens(x, self.grid.video_tokens)
+        return x if orders is None else x[:, orders[1]]
+
+    def first_of(self, tokens: int) -> int:
+        if self.state.ulysses is None:
+            return tokens
+        part = self.state.ulysses.part(self.grid.video_tokens)
+        return min(max(tokens - part.start, 0), part.stop - part.start)
+
+    def _orders(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Block order of the current call and its inverse on a device, None for raster order."""
         if self.config.density == 1 or self.config.order == "raster":
             return None
-        return _order_on(like.device, self.grid, self.config.order, self.config.block_size)
+        return _orders_on(like.device, self.grid, self.config.order, self.config.block_size)
 
     def order_in_layers(self) -> None:
         for layer in self.layers:
-            layer.order = self.order
+            layer.orders = self._orders
 
     def remove(self) -> None:
         self._undo.close()
-        self.state.drop()
 
 
 @lru_cache(maxsize=16)
-def _order_on(
+def _orders_on(
     device: torch.device, grid: VideoGrid, order: str, block_size: int
 ) -> tuple[Tensor, Tensor]:
     permutation, inverse = token_order(grid, order, block_size)
@@ -368,10 +440,7 @@ def _handles(pipe: Any) -> list[SparseAttention]:
 def _refuse_compiled(pipe: Any) -> None:
     for module in _modules(pipe):
         transformer = getattr(module, "_orig_mod", module)
-        compiled = transformer is not module or any(
-            getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
-            for part in module.modules()
-        )
+        compiled = transformer is not module or is_compiled(module)
         if compiled and family_of(transformer) is not None:
             raise RuntimeError(
                 "the transformer is already compiled: enable first, compile second (load the"
@@ -379,9 +448,9 @@ def _refuse_compiled(pipe: Any) -> None:
             )
 
 
-def _refuse_sharded(transformer: nn.Module) -> None:
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise RuntimeError(
-            "the transformer is sharded by enable_parallelism, which sparse attention does not"
-            " support yet: run one pipeline per GPU, or disable one of the two"
-        )
+def is_compiled(module: nn.Module) -> bool:
+    """The module or a part of it."""
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+        for part in module.modules()
+    )

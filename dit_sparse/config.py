@@ -62,6 +62,7 @@ class SparseConfig:
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
     # True where sparse outputs are completed by means of the rest; a correction is a residual then.
     tail: ClassVar[bool] = False
+    compares_heads: ClassVar[bool] = False  # True where a search needs all heads in one place
     search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ from .block_mask import BlockMask
 from .grid import VideoGrid
 from .patterns.correct import Correction
 from .schedule import Kind
+from .ulysses import Ulysses
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class State:
 
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
-    `dense_because` says why a run stays dense.
+    `dense_because` says why a run stays dense; `ulysses` who else computes the same call.
     """
 
     call: Call | None = None
@@ -89,6 +90,7 @@ class State:
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
     dense_because: str | None = None
+    ulysses: Ulysses | None = None
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
 
@@ -126,4 +128,6 @@ class State:
         self.kept[self.call.branch, layer] = kept
         if self.masks is not None:
             self.masks[self.call.branch, layer] = kept.found_at, kept.mask
-        self.peak_bytes = max(self.peak_bytes, sum(entry.nbytes() for entry in self.kept.values()))
+        processes = 1 if self.ulysses is None else self.ulysses.degree
+        kept_bytes = processes * sum(entry.nbytes() for entry in self.kept.values())
+        self.peak_bytes = max(self.peak_bytes, kept_bytes)

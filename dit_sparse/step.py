@@ -25,7 +25,7 @@ from .tail import add_tail, tail_cost
 logger = logging.getLogger(__name__)
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Order = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+Orders = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 
 
 class LayerAttention:
@@ -37,38 +37,51 @@ class LayerAttention:
 
     Attributes:
         dense: the user's own dense attention (query, key, value, kv_len).
-        order: block order and its inverse for a tensor's device, where tokens arrive in raster
+        orders: block order and its inverse for a tensor's device, where tokens arrive in raster
             order; None where the whole transformer already runs in block order.
     """
 
     dense: DenseAttention
-    order: Order | None = None
+    orders: Orders | None = None
 
     def __init__(self, state: State, config: SparseConfig, layer: int, measure: bool):
         self.state, self.config, self.layer, self.measure = state, config, layer, measure
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        call = self.state.call
-        if call is None or query.shape[1] != call.grid.tokens:
-            expected = "no call" if call is None else f"{call.grid.tokens} tokens"
+        call, ulysses = self.state.call, self.state.ulysses
+        tokens = None if call is None else call.grid.tokens
+        if call is not None and ulysses is not None:
+            tokens = ulysses.tokens_here(call.grid)
+        if call is None or query.shape[1] != tokens:
+            expected = "no call" if call is None else f"{tokens} tokens"
             raise RuntimeError(
                 f"sparse attention was told of {expected} and got {query.shape[1]} tokens: call the"
                 " transformer itself, not one of its blocks, or disable sparse attention first"
             )
+        if ulysses is None:
+            return self._attention(query, key, value)
+        whole = (ulysses.to_heads(x, call.grid) for x in (query, key, value))
+        return ulysses.to_tokens(self._attention(*whole), call.grid)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """On all tokens, and the heads that are here."""
+        call = self.state.call
         self._plan(query)
         kept = self._kept(query)
         kind = self._kind(None if kept is None else kept.found_at)
         if kind == "dense":
             self._log("dense")
             return self.dense(query, key, value, call.kv_len)
-        order = None if self.order is None else self.order(query)
-        if order is not None:
-            query, key, value = (permute_video(x, order[0], call.grid) for x in (query, key, value))
+        orders = None if self.orders is None else self.orders(query)
+        if orders is not None:
+            query, key, value = (
+                permute_video(x, orders[0], call.grid) for x in (query, key, value)
+            )
         if kind == "search" or kept is None:
             output = self._search(query, key, value, kept)
         else:
             output = self._sparse("reuse", query, key, value, kept)
-        return output if order is None else permute_video(output, order[1], call.grid)
+        return output if orders is None else permute_video(output, orders[1], call.grid)
 
     def _kind(self, found_at: int | None) -> Kind:
         call, config = self.state.call, self.config
@@ -85,7 +98,7 @@ class LayerAttention:
             self.state.dense_because = self._why_dense(query)
         if self.state.dense_because:
             return
-        of = query.shape, query.element_size()
+        of = self._shape(query), query.element_size()
         per_branch = self.config.cache_bytes(*of) * self._sparse_layers()
         per_branch += self.config.correction_bytes(*of) * self._corrected_layers(query)
         planned, limit = per_branch * len(self.state.last), self.config.max_cache_bytes
@@ -103,7 +116,7 @@ class LayerAttention:
         call, config = self.state.call, self.config
         density = max(config.density, call.grid.forced_share(config.block_size))
         schedule = config.search_at, call.num_steps, config.apart
-        speedup = predicted_speedup(query.shape, density, *schedule, query.device)
+        speedup = predicted_speedup(self._shape(query), density, *schedule, query.device)
         if speedup is None or speedup >= 1:
             return None
         return (
@@ -123,6 +136,12 @@ class LayerAttention:
         if cost >= 1:
             logger.warning(COSTLY.format(cost))
 
+    def _shape(self, query: Tensor) -> tuple[int, ...]:
+        """With the heads of all GPUs, so that several of them decide as one would."""
+        batch, tokens, heads, dim = query.shape
+        ulysses = self.state.ulysses
+        return batch, tokens, heads if ulysses is None else heads * ulysses.degree, dim
+
     def _sparse_layers(self) -> int:
         return max(self.state.layers - self.config.dense_layers, 0)
 
@@ -131,7 +150,7 @@ class LayerAttention:
         branches = len(self.state.last)
         if self.state.calls == branches:  # first step: the share of a branch to come is kept free
             branches = max(branches, 2)
-        of = query.shape, query.element_size()
+        of = self._shape(query), query.element_size()
         return self.config.corrected_layers(*of, self._sparse_layers(), branches)
 
     def _kept(self, query: Tensor) -> Kept | None:
@@ -154,7 +173,8 @@ class LayerAttention:
         if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
-        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen))
+        shared = self.state.ulysses
+        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
         mask = found.mask
         if not isinstance(mask, BlockMask):
             size = (config.block_size, config.block_size)
@@ -173,9 +193,9 @@ class LayerAttention:
             kept = replace(kept, correction=correction)
             if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
                 kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
-            cost += float(mask.density.mean()) + self._tail_cost(mask)
+            cost += float(self._of_all_heads(mask.density, query).mean()) + self._tail_cost(mask)
         self.state.keep(self.layer, kept)
-        self._log("search", None, kept.kept_mass, cost)
+        self._log("search", None, self._of_all_heads(kept.kept_mass, query), cost)
         return output
 
     def _sparse(
@@ -193,7 +213,8 @@ class LayerAttention:
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
-        self._log(kind, kept.mask.density, mass, extra_cost)
+        told = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
+        self._log(kind, *told, extra_cost)
         residual = kept.correction if self.config.tail else None  # one kernel adds both
         output, _ = self._attend(query, key, value, kept.mask, residual)
         if kept.correction is None or residual is not None:
@@ -229,6 +250,13 @@ class LayerAttention:
 
     def _tail_cost(self, mask: BlockMask) -> float:
         return tail_cost(mask) if self.config.tail else 0.0
+
+    def _of_all_heads(self, figures: Tensor | None, query: Tensor) -> Tensor | None:
+        """(H here,) -> (H,); (1,) where all heads share a mask."""
+        ulysses = self.state.ulysses
+        if ulysses is None or figures is None or len(figures) != query.shape[2]:
+            return figures
+        return ulysses.all_heads(figures)
 
     def _log(
         self,

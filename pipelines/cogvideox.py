@@ -106,11 +106,10 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
         order, text = call.order(output), call.grid.text_tokens
         if order is None:
             return output
-        return torch.cat([output[:, :text], output[:, text:][:, order[0]]], dim=1)
+        return torch.cat([output[:, :text], output[:, text:][:, order]], dim=1)
 
     def restore(module, args: tuple[Tensor], kwargs: dict) -> tuple[tuple, dict]:
-        order = call.order(args[0])
-        return (args if order is None else (args[0][:, order[1]], *args[1:])), kwargs
+        return (call.restored(args[0]), *args[1:]), kwargs
 
     yield transformer.patch_embed.register_forward_hook(patches).remove
     yield transformer.norm_out.register_forward_pre_hook(restore, with_kwargs=True).remove

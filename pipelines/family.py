@@ -17,8 +17,19 @@ class CurrentCall(Protocol):
     @property
     def grid(self) -> VideoGrid: ...
 
-    def order(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Block order of the video tokens and its inverse on a tensor's device, None for raster."""
+    @property
+    def split(self) -> bool:
+        """Whether several processes share the call, each with a part of the video tokens."""
+
+    def order(self, like: Tensor) -> Tensor | None:
+        """The video tokens of this process in block order, as indices into the raster on a tensor's
+        device; None for all of them in raster order."""
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Video tokens (B, tokens of this process, C) -> (B, all tokens, C) in raster order."""
+
+    def first_of(self, tokens: int) -> int:
+        """How many of the first `tokens` are among those of this process."""
 
     def order_in_layers(self) -> None:
         """Let each layer put its own tokens in block order and back: where a model slices tokens
@@ -63,6 +74,7 @@ class Family:
         self_attentions: transformer -> its self-attention modules, in the order of the layers.
         hooks: installs the hooks of the token order (and of dropped text) one by one, yields how
             to undo each.
+        splits: whether the hooks of the token order can also split the tokens over several GPUs.
         tested: on which weights the tests run it.
     """
 
@@ -78,6 +90,7 @@ class Family:
     prepare: Callable[[Any, dict[str, Any], bool], Prepared]
     self_attentions: Callable[[nn.Module], Iterable[nn.Module]]
     hooks: Callable[[Any, CurrentCall], Iterable[Undo]]
+    splits: bool = True
     tested: str = "tiny random"
 
 

@@ -169,29 +169,41 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
     """Block order behind RoPE, raster order before the output norm.
 
     The latent video comes in block order already: the patch embedding is among the blocks that
-    `compile_repeated_blocks` compiles, and a hook on it would break its graph.
+    `compile_repeated_blocks` compiles, and a hook on it would break its graph. Where several
+    processes share the call, there is one, since latents cannot be split by tokens.
     """
+
+    def patches(module, args, output: Tensor) -> Tensor:  # (B, S, C)
+        return output[:, call.order(output)]
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:  # (S, D) each
         order = call.order(output[0])
-        return output if order is None else tuple(table[order[0]] for table in output)
+        return output if order is None else tuple(table[order] for table in output)
 
     def restore(module, args: tuple) -> tuple:
-        order = call.order(args[0])
-        return args if order is None else (args[0][:, order[1]], *args[1:])
+        return call.restored(args[0]), *args[1:]
 
+    if call.split:
+        yield transformer.x_embedder.register_forward_hook(patches).remove
     yield transformer.rope.register_forward_hook(rope).remove
     yield transformer.norm_out.register_forward_pre_hook(restore).remove
 
 
 def hooks_with_cut(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
-    """`hooks`, and the cut of the text behind the token refiner."""
+    """`hooks`, the cut of the text behind the token refiner, and where the blocks modulate the
+    tokens of a given first frame by themselves, how many of these this process holds."""
 
     def cut(module, args, output: Tensor) -> Tensor:  # (B, text, C)
         # A copy has the strides that later blocks get, so that one graph serves all of them.
         return output[:, : call.grid.text_tokens].clone(memory_format=torch.contiguous_format)
 
+    def first_frame(module, args: tuple) -> tuple:  # the last argument is its number of tokens
+        return *args[:-1], call.first_of(args[-1])
+
     yield from hooks(transformer, call)
+    if call.split and transformer.config.image_condition_type == "token_replace":
+        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+            yield block.register_forward_pre_hook(first_frame).remove
     yield transformer.context_embedder.register_forward_hook(cut).remove
 
 

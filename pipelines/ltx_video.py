@@ -86,21 +86,20 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
 
     def tokens(module, args, output: Tensor) -> Tensor:  # (B, S, C)
         order = call.order(output)
-        return output if order is None else output[:, order[0]]
+        return output if order is None else output[:, order]
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         order = call.order(output[0])
-        return output if order is None else tuple(table[:, order[0]] for table in output)
+        return output if order is None else tuple(table[:, order] for table in output)
 
     def timesteps(module, args, kwargs: dict, output: tuple[Tensor, Tensor]) -> tuple:
         order, each = call.order(output[0]), output[0].unflatten(0, (kwargs["batch_size"], -1))
         if order is None or each.shape[1] == 1:
             return output
-        return each[:, order[0]].flatten(0, 1), output[1]
+        return each[:, order].flatten(0, 1), output[1]
 
     def restore(module, args: tuple[Tensor]) -> tuple[Tensor, ...]:  # (B, S, C)
-        order = call.order(args[0])
-        return args if order is None else (args[0][:, order[1]], *args[1:])
+        return call.restored(args[0]), *args[1:]
 
     yield transformer.proj_in.register_forward_hook(tokens).remove
     yield transformer.rope.register_forward_hook(rope).remove

@@ -117,21 +117,20 @@ def hooks(transformer: Any, call: CurrentCall) -> Iterator[Undo]:
         missing = call.grid.tokens - tokens.shape[2]
         if missing:  # forward would pad a control stream that is too short itself
             tokens = F.pad(tokens, (0, missing))
-        return tokens[..., order[0]]
+        return tokens[..., order]
 
     def rope(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         order = call.order(output[0])
-        return output if order is None else tuple(table[:, order[0]] for table in output)
+        return output if order is None else tuple(table[:, order] for table in output)
 
     def timesteps(module, args, output: tuple) -> tuple:  # (temb, projection, text, image)
         order = call.order(output[1])
         if order is None or output[1].ndim < 3:
             return output
-        return output[0], output[1][:, order[0]], *output[2:]
+        return output[0], output[1][:, order], *output[2:]
 
     def restore(module, args: tuple[Tensor]) -> tuple[Tensor, ...]:  # (B, S, C)
-        order = call.order(args[0])
-        return args if order is None else (args[0][:, order[1]], *args[1:])
+        return call.restored(args[0]), *args[1:]
 
     yield transformer.patch_embedding.register_forward_hook(patches).remove
     if hasattr(transformer, "vace_patch_embedding"):

@@ -25,4 +25,5 @@ WAN_ANIMATE = Family(
     prepare=prepare,
     self_attentions=self_attentions,
     hooks=hooks,
+    splits=False,
 )

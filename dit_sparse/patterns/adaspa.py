@@ -69,15 +69,24 @@ class AdaSpa(SparseConfig):
     def find(self, search: Search) -> Found:
         mass, cost = self.score(search)
         forced = self.forced(search)
-        if mass.is_cuda and triton_is_installed() and mass.shape[-1] <= MAX_FUSED_BLOCKS:
+        fits = mass.shape[-1] <= MAX_FUSED_BLOCKS and search.shared is None
+        if mass.is_cuda and triton_is_installed() and fits:
             return self.find_packed(mass, forced, search.grid.tokens, cost)
-        return self.find_in_torch(mass, forced, cost)
+        return self.find_in_torch(mass, forced, cost, search)
 
-    def find_in_torch(self, mass: Tensor, forced: Tensor, cost: float) -> Found:
+    def find_in_torch(
+        self, mass: Tensor, forced: Tensor, cost: float, search: Search | None = None
+    ) -> Found:
+        """`search` tells where the heads are that are not in `mass`."""
         density = mass.new_full(mass.shape[:2], self.density)
         mask = self._select(mass, density, forced)
         if self.head_adaptive and self.density <= MAX_ADAPTIVE_DENSITY:
-            density = self.head_densities(kept_share(mass, mask))
+            recall = kept_share(mass, mask)
+            if search is None:
+                density = self.head_densities(recall)
+            else:
+                recall = search.of_all_heads(recall)
+                density = self.head_densities(recall)[:, search.own_heads]
             mask = self._select(mass, density, forced)
         return Found(mask, kept_share(mass, mask).mean(0), cost)
 

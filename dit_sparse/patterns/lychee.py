@@ -35,6 +35,7 @@ class LycheeDecode(SparseConfig):
     searching: float = 0.25
 
     paper: ClassVar[str] = "LycheeDecode, arXiv 2602.04541 (untrained; from its abstract)"
+    compares_heads: ClassVar[bool] = True
     cost: ClassVar[str] = "density; a search + searching / 8 + N^2 / (2 S^2)"
 
     def __post_init__(self):

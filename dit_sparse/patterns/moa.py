@@ -51,7 +51,8 @@ class MoA(SparseConfig):
         ]
         places = sampled_places(search.grid, self.rows, search.query.device)
         errors, cost = output_errors(search, self.block_size, windows, places)
-        spans = cheapest_spans(errors.cpu(), SPANS, 8 * search.query.shape[2])
+        of_all = search.of_all_heads(errors, 2).cpu()
+        spans = cheapest_spans(of_all, SPANS, 8 * search.heads)[:, search.own_heads]
         losses = torch.ones(errors.shape).scatter_(0, spans.unsqueeze(0), 0.0)
         return Found(choose_masks(windows, losses.to(errors.device)), None, cost)
 

@@ -28,12 +28,13 @@ class RandomBlocks(SparseConfig):
         whole("seed", self.seed, 0)
 
     def find(self, search: Search) -> Found:
-        batch, _, heads, _ = search.query.shape
+        batch, heads = len(search.query), search.heads
         device = search.query.device
         blocks = search.grid.num_blocks(self.block_size)
         seed = (self.seed * 1_000_003 + search.step) * 1009 + search.layer
         generator = torch.Generator().manual_seed(seed % (2**61 - 1))  # any whole number
-        scores = torch.rand(batch, heads, blocks, blocks, generator=generator).to(device)
-        kept = blocks_of(torch.full((batch, heads), self.density, device=device), blocks)
+        scores = torch.rand(batch, heads, blocks, blocks, generator=generator)
+        scores = scores[:, search.own_heads].to(device)
+        kept = blocks_of(torch.full(scores.shape[:2], self.density, device=device), blocks)
         most = most_blocks(self.density, blocks)
         return Found(top_k_rows(scores, kept, self.forced(search), most))

@@ -39,8 +39,8 @@ class S2Attention(SparseConfig):
 
     def find(self, search: Search) -> Found:
         forced = self.forced(search)
-        heads, blocks = search.query.shape[2], len(forced)
-        shards = strided_shards(heads, blocks, self.density / 2, search.layer, forced.device)
+        of = search.heads, len(forced), self.density / 2, search.layer, forced.device
+        shards = strided_shards(*of)[:, search.own_heads]
         near = nearness(search.grid, self.order, self.block_size).to(forced.device)
         scores = near.masked_fill(shards.unsqueeze(-2), torch.inf)  # the shard, then the nearest
         return Found(top_density_rows(scores, self.density, forced))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..grid import VideoGrid
+from ..ulysses import Ulysses
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Search:
         step: absolute denoising step, 0-based, of `num_steps`.
         branch: CFG branch, diffusers' context name.
         value: (B, S, H, D), for methods that compare outputs.
+        shared: the processes that share the heads of this layer, each with its own part of them in
+            `query`, `key`, `lse` and `value`; None where all heads are here.
     """
 
     query: Tensor
@@ -35,6 +38,21 @@ class Search:
     branch: str = "cond"
     layers: int = 1
     value: Tensor | None = None
+    shared: Ulysses | None = None
+
+    @property
+    def heads(self) -> int:
+        """Of the layer, wherever they are."""
+        return self.query.shape[2] * (1 if self.shared is None else self.shared.degree)
+
+    @property
+    def own_heads(self) -> slice:
+        """Those that are here."""
+        return slice(None) if self.shared is None else self.shared.own_heads(self.heads)
+
+    def of_all_heads(self, x: Tensor, dim: int = 1) -> Tensor:
+        """What stands along `dim` for the heads that are here, for all heads."""
+        return x if self.shared is None else self.shared.all_heads(x, dim)
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class SeerAttention(SparseConfig):
 
     def find(self, search: Search) -> Found:
         gates, grid = self.load(), search.grid
-        heads, dim = search.query.shape[2:]
-        gates.refuse_other_model(search.layers, heads, dim)
-        maps = (x[search.layer].to(search.query.device) for x in (gates.query, gates.key))
+        dim, here = search.query.shape[3], search.own_heads
+        gates.refuse_other_model(search.layers, search.heads, dim)
+        maps = (x[search.layer][here].to(search.query.device) for x in (gates.query, gates.key))
         scores = gate_logits(pooled_features(search.query, search.key, self.block_size), *maps)
         text = grid.text_blocks(self.block_size)
         scores[..., text.start : text.stop] = -torch.inf

@@ -81,11 +81,12 @@ class SparseVDiT(SparseConfig):
 
     def find(self, search: Search) -> Found:
         table, grid = self.load(), search.grid
-        heads = search.query.shape[2]
-        table.refuse_other_model(search.layers, heads, (grid.frames, grid.height, grid.width))
+        table.refuse_other_model(
+            search.layers, search.heads, (grid.frames, grid.height, grid.width)
+        )
         modes = table.at(search.branch, search.step, search.num_steps, search.layer)
         place = self.order, self.block_size, self.density, self.own_block, search.query.device
-        return Found(mode_masks(grid, *place)[modes].unsqueeze(0))
+        return Found(mode_masks(grid, *place)[modes[search.own_heads]].unsqueeze(0))
 
 
 @lru_cache(maxsize=8)
