@@ -213,8 +213,8 @@ class LayerAttention:
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
-        told = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
-        self._log(kind, *told, extra_cost)
+        density, mass = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
+        self._log(kind, density, mass, extra_cost)
         residual = kept.correction if self.config.tail else None  # one kernel adds both
         output, _ = self._attend(query, key, value, kept.mask, residual)
         if kept.correction is None or residual is not None:
