@@ -12,12 +12,17 @@ What would mislead: small models on drawn videos; PSNR is dominated by the first
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
 and block size are each method's own default. `velocity_error` is of single steps, from dense's
 latents (velocity.py).
+
+Several processes may share a GPU (`--lock FILE`, each with its own --out): they tune side by side,
+and the others wait while one is timed. `--also FILE` joins their files.
 """
 
 import argparse
+import fcntl
 import json
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +46,7 @@ from dit_sparse.step import LayerAttention  # noqa: E402
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
 WARM_UPS, DENSITIES, SEARCHES = (0.0, 0.12, 0.24), (0.05, 0.1, 0.2, 0.35), (1, 3, 6)
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
-BUDGETS = (0.15, 0.25, 0.35, 0.5, 0.7)
+BUDGETS = (0.2, 0.3, 0.4, 0.6)
 BASELINE = "adaspa"
 RESAMPLES = 10_000
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
@@ -114,18 +119,31 @@ class Runner:
             ).frames
 
     def latents(self, clips):
-        return self.generate(clips, "latent").float()
+        with self.shared():
+            return self.generate(clips, "latent").float()
 
     def frames(self, clips, seed_offset=0):
         """(N, T, H, W, 3) in [0, 1]."""
+        with self.shared():
+            return self.decoded(clips, seed_offset)
+
+    def decoded(self, clips, seed_offset=0):
         frames = self.generate(clips, "pt", seed_offset)  # (N, T, 3, H, W)
         return frames.permute(0, 1, 3, 4, 2).float()
 
+    @contextmanager
+    def shared(self):
+        """The GPU beside other processes; it is idle at the end."""
+        with gpu_of(self.args.lock):
+            yield
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
     def timed(self, clips):
         """Seconds inside self-attention, search included, of one generation; and its frames."""
-        with attention_clock(self.device) as total:
-            frames = self.frames(clips)
-        return total(), frames
+        with gpu_of(self.args.lock, alone=True), attention_clock(self.device) as total:
+            frames = self.decoded(clips)
+            return total(), frames
 
     def tune(self, config):
         """Cost and latent error on the tuning prompts."""
@@ -143,7 +161,7 @@ class Runner:
         with enable_sparse_attention(self.pipe, config, measure=True) as handle:
             self.latents(self.tuning)
             kept_mass = handle.report().kept_mass
-        with enable_sparse_attention(self.pipe, config):
+        with enable_sparse_attention(self.pipe, config), self.shared():
             velocity_error = self.trajectory.error()
         return {
             **self.compare(frames),
@@ -160,7 +178,8 @@ class Runner:
 
     def compare(self, frames):
         """Figures of clips against the dense ones."""
-        metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
+        with self.shared():
+            metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
         psnr = [IDENTICAL_DB if m.identical else m.psnr for m in metrics]
         lpips = [m.lpips for m in metrics]
         return {
@@ -186,6 +205,19 @@ class Runner:
         patch = self.pipe.transformer.config.patch_size
         patch = patch if isinstance(patch, int) else patch[-1]
         return self.pipe.vae_scale_factor_spatial * patch
+
+
+@contextmanager
+def gpu_of(lock, alone=False):
+    """The GPU beside others that hold `lock`, or alone; who waits to be alone goes first."""
+    if lock is None:
+        yield
+        return
+    with open(f"{lock}.turn", "w") as turn, open(lock, "w") as gpu:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 class attention_clock:
@@ -397,6 +429,22 @@ def load_results(args, fixed):
     return result
 
 
+def join(result, path):
+    """Add what another file of the same settings has and this one lacks.
+
+    Raises:
+        SystemExit: it had others.
+    """
+    other = json.loads(path.read_text())
+    if other["settings"] != result["settings"]:
+        raise SystemExit(f"{path} was made with other settings than the --out file")
+    have = {(r["pipeline"], r["size"], r["method"]) for r in result["records"]}
+    result["records"] += [
+        r for r in other["records"] if (r["pipeline"], r["size"], r["method"]) not in have
+    ]
+    result["lines"] = other["lines"] | result["lines"]
+
+
 def save(args, result):
     result["paired"] = paired(result["records"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -410,6 +458,8 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
+    add("--lock", type=Path, help="file by which processes on one GPU take turns")
+    add("--also", type=Path, action="append", default=[], help="join another file; repeatable")
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
@@ -433,7 +483,13 @@ def main(arguments=None):
     grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     result = load_results(args, grid | {k: getattr(args, k) for k in numbers})
-    result["environment"] = environment(args.commit)
+    if not args.only_figure:
+        result["environment"] = environment(args.commit)
+    for path in args.also:
+        result.setdefault("environment", json.loads(path.read_text())["environment"])
+        join(result, path)
+    if args.also:
+        save(args, result)
     methods = args.method or list(available_methods())
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)

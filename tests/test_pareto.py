@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,6 +45,28 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     if find_spec("matplotlib"):
         pareto.main([*arguments(out), "--only-figure", "--figure", str(tmp_path / "figure.png")])
         assert (tmp_path / "figure.png").is_file()
+    joined = tmp_path / "joined.json"
+    pareto.main([*arguments(joined), "--only-figure", "--also", str(out), "--also", str(out)])
+    joined = json.loads(joined.read_text())
+    assert joined["records"] == second["records"] and joined["lines"] == second["lines"]
+
+
+def test_processes_on_one_gpu_are_timed_one_at_a_time(tmp_path):
+    lock = tmp_path / "gpu.lock"
+    with pareto.gpu_of(lock), pareto.gpu_of(lock):
+        pass  # two tune side by side
+    entered = threading.Event()
+
+    def other():
+        with pareto.gpu_of(lock):
+            entered.set()
+
+    waiting = threading.Thread(target=other)
+    with pareto.gpu_of(lock, alone=True):
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(60)
+    waiting.join()
 
 
 def test_the_best_setting_within_each_budget_is_chosen_once():
