@@ -36,6 +36,7 @@ MODEL = ROOT / "dit_sparse" / "cost_model.json"
 GRIDS = (5, 8, 8), (5, 16, 16), (9, 16, 16), (17, 16, 16), (13, 24, 26), (13, 30, 42), (21, 30, 52)
 HEADS = (12, 128), (24, 128), (30, 64)  # of Wan 1.3B, HunyuanVideo, CogVideoX-2B
 METHODS = "auto", "adaspa", "adaspa-sampled"
+OPTIONS = {"auto": {"dense_if_faster": False}}
 STEPS, SEARCH_AT, CALLS = 50, 40, 20  # a step after every method's last search
 
 
@@ -71,7 +72,7 @@ def rows_of(grid, heads, dim, methods, device, calls):
     plain = seconds_of(lambda: dense(query, key, value), device, calls)
     yield {**shape, "method": "dense", "kind": "dense", "seconds": plain}
     for method in methods:
-        layer = LayerAttention(State(), make_config(method, {})[0], 0, False)
+        layer = LayerAttention(State(), make_config(method, OPTIONS.get(method, {}))[0], 0, False)
         layer.dense = dense
 
         def begin(step, state=layer.state):

@@ -56,7 +56,6 @@ class SparseConfig:
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
     apart: ClassVar[int] = 1  # steps from one search to the next, at least
-    refuses: ClassVar[bool] = False  # True: dense where the cost model says that sparse is slower
     targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
@@ -64,6 +63,11 @@ class SparseConfig:
     tail: ClassVar[bool] = False
     compares_heads: ClassVar[bool] = False  # True where a search needs all heads in one place
     search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
+
+    @property
+    def refuses(self) -> bool:
+        """Whether every step runs dense where the cost model says that sparse is slower."""
+        return False
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))

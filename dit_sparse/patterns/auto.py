@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig, part
+from ..config import SparseConfig, flag, part
 from .correct import Correction, measure_residual
 from .score import sampled_rows
 from .search import Found, Search
@@ -49,6 +49,7 @@ class Auto(SparseConfig):
         residual: how what the sparse output lacks is kept between searches: "fp8", "model" (the
             model's dtype), or None for the tail alone.
         max_cache_bytes: of all that is kept between steps; residuals take what is left of it.
+        dense_if_faster: run every step dense where the cost model expects that to be faster.
     """
 
     density: float = 0.1
@@ -56,6 +57,7 @@ class Auto(SparseConfig):
     min_kept_mass: float | None = None
     residual: str | None = "fp8"
     max_cache_bytes: int | None = 4 * 2**30
+    dense_if_faster: bool = True
 
     paper: ClassVar[str] = "ours; parts of AdaSpa, LLSA and Re-ttention"
     cost: ClassVar[str] = (
@@ -68,12 +70,16 @@ class Auto(SparseConfig):
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
     apart: ClassVar[int] = 3
-    refuses: ClassVar[bool] = True
     search_cost: ClassVar[float] = 0.125
     tail: ClassVar[bool] = True
 
+    @property
+    def refuses(self) -> bool:
+        return self.dense_if_faster
+
     def __post_init__(self):
         super().__post_init__()
+        flag("dense_if_faster", self.dense_if_faster)
         if self.residual not in RESIDUALS:
             raise ValueError(f'residual must be "fp8", "model" or None, got {self.residual!r}')
         if self.min_kept_mass is not None:
