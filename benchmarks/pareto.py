@@ -397,8 +397,8 @@ def load_results(args, fixed):
     return result
 
 
-def save(args, result):
-    result["paired"] = paired(result["records"])
+def save(args, result, baseline=BASELINE):
+    result["paired"] = paired(result["records"], baseline)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
