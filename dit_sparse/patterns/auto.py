@@ -29,7 +29,7 @@ from .budgets import MOST, always_kept, gains_of, share_of, spend, tail_loss
 from .correct import Correction, measure_residual
 from .score import Scores, sampled_rows
 from .search import Found, Search
-from .select import kept_share, most_kept, top_k_rows, top_p_rows
+from .select import kept_share, most_kept, pack_rows, packs, top_k_rows, top_p_rows
 
 RESIDUALS = ("fp8", "model", None)
 RANKS = ("mass", "loss")
@@ -112,6 +112,9 @@ class Auto(SparseConfig):
         if self.min_kept_mass is not None:
             mask = top_p_rows(mass, self.min_kept_mass, forced, floor=kept)
             return Found(mask, kept_share(mass, mask).mean(0), cost)
+        if self.rank == "mass" and self.budget == "even" and packs(mass):
+            packed = pack_rows(mass, kept, forced, search.grid.tokens, self.block_size)
+            return Found(*packed, cost)
         scores = mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
         if self.rank == "loss":
             scores = (scores * tail_loss(search, self.block_size)).square()
