@@ -70,7 +70,7 @@ class Record:
     kind: Kind
     density: Tensor | None  # (H,), None where the output is dense
     kept_mass: Tensor | None  # (H,), None where not measured
-    extra_cost: float = 0.0  # search, tail and measurement, as a share of dense attention
+    extra_cost: float | Tensor = 0.0  # search, tail and measurement, as a share of dense attention
 
 
 @dataclass

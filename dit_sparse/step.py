@@ -199,14 +199,15 @@ class LayerAttention:
         if output is None or lse is None:
             self.state.keep(self.layer, kept)
             return self._sparse("search", query, key, value, kept, found.cost)
-        cost = found.cost
+        cost: float | Tensor = found.cost
         if corrects:
             sparse, sparse_lse = self._attend(query, key, value, mask)
             correction = config.correction(output, lse, sparse, sparse_lse)
             kept = replace(kept, correction=correction)
             if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
                 kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
-            cost += float(self._of_all_heads(mask.density, query).mean()) + self._tail_cost(mask)
+            # a tensor: the report asks the device for it, when nothing waits
+            cost = self._of_all_heads(mask.density, query).mean() + cost + self._tail_cost(mask)
         self.state.keep(self.layer, kept)
         self._log("search", None, self._of_all_heads(kept.kept_mass, query), cost)
         return output
@@ -283,7 +284,7 @@ class LayerAttention:
         kind: Kind,
         density: Tensor | None = None,
         kept_mass: Tensor | None = None,
-        extra_cost: float = 0.0,
+        extra_cost: float | Tensor = 0.0,
     ) -> None:
         call = self.state.call
         self.state.trace.append(
