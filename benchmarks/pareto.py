@@ -463,8 +463,8 @@ def join(result, path):
     result["lines"] = other["lines"] | result["lines"]
 
 
-def save(args, result):
-    result["paired"] = paired(result["records"])
+def save(args, result, baseline=BASELINE):
+    result["paired"] = paired(result["records"], baseline)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")

@@ -525,7 +525,8 @@ class Benchmark:
         found = [self.time_forward(step + i) for i in range(times)]
         records = [record for record in self.state.trace if record.step == step]
         costs = [
-            record.extra_cost + (1.0 if record.density is None else float(record.density.mean()))
+            float(record.extra_cost)
+            + (1.0 if record.density is None else float(record.density.mean()))
             for record in records[-len(self.attentions) :]
         ]
         kept = sum(entry.nbytes() for entry in self.state.kept.values())

@@ -55,6 +55,8 @@ class SparseConfig:
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
+    # Where not None, an option of the method: searches after the first wait for this error.
+    drift: ClassVar[float | None] = None
     apart: ClassVar[int] = 1  # steps from one search to the next, at least
     targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention

@@ -72,7 +72,8 @@ def make_report(
     records = [record for state in states for record in state.trace]
     dense_equivalent = sum(state.calls * count for state, count in zip(states, layers))
     trace = [_entry(record) for record in records]
-    cost = sum(_mean(entry["density"], 1.0) for entry in trace) + sum(r.extra_cost for r in records)
+    cost = sum(_mean(entry["density"], 1.0) for entry in trace)
+    cost += sum(float(record.extra_cost) for record in records)
     sparse = [entry for entry in trace if entry["density"]]
     measured = [entry for entry in trace if entry["kept_mass"]]
     if any(entry["kind"] == "reuse" for entry in measured):

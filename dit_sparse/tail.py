@@ -121,14 +121,13 @@ def _triton(
     sparse: tuple[Tensor, Tensor] | None,
     residual: Correction | None = None,
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.block_pool import block_pool as pool
+    from .kernels.block_pool import pool_keys_values
     from .kernels.tail_fwd import tail_fwd
 
     kv_len = None if kv_len is None else kv_len.to(query.device, torch.int32)
     block_kv = block_mask.block_size[1]
-    keys, values = (
-        pool(x, block_kv, kv_len).to(query.dtype).transpose(1, 2) for x in (key, value)
-    )  # (B, Nk, H, D)
+    pooled = pool_keys_values(key, value, block_kv, kv_len)
+    keys, values = (means.transpose(1, 2) for means in pooled)  # (B, Nk, H, D)
     return tail_fwd(
         query,
         keys,

@@ -1,8 +1,9 @@
-"""Mean of every block of tokens, one Triton kernel: `(B, S, H, D)` to `(B, H, N, D)` in float32.
+"""Mean of every block of tokens, one Triton kernel: `(B, S, H, D)` to `(B, H, N, D)`.
 
     pooled[n] = mean of x[n * block_size : (n + 1) * block_size], over the tokens that exist
 
-Launch grid: (blocks, heads, batch). Bound by reading `x` once.
+Launch grid: (blocks, heads, batch). Bound by reading `x` once. Keys and values are pooled by one
+launch.
 """
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 from .dot import BLOCK_SIZES, check_index, check_tensors, load_tile, padded_head_dim
 
 
-@triton.jit(do_not_specialize=["seqlen"])
-def block_pool_kernel(
+@triton.jit
+def pool_block(
     x,
     pooled_ptr,
-    kv_len_ptr,
     strides,
     seqlen,
     HEAD_DIM: tl.constexpr,
@@ -26,8 +26,6 @@ def block_pool_kernel(
 ):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = block * BLOCK
-    if kv_len_ptr is not None:
-        seqlen = tl.minimum(tl.load(kv_len_ptr + batch), seqlen)
     tile = load_tile(
         x, strides, batch, head, start, seqlen, HEAD_DIM, BLOCK_D, BLOCK, False, MASKED=True
     )
@@ -36,7 +34,29 @@ def block_pool_kernel(
 
     row = (batch.to(tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
     dims = tl.arange(0, BLOCK_D)
+    mean = mean.to(pooled_ptr.dtype.element_ty)
     tl.store(pooled_ptr + row * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["seqlen"])
+def block_pool_kernel(
+    x,
+    other,
+    pooled_ptr,
+    other_pooled_ptr,
+    kv_len_ptr,
+    strides,
+    other_strides,
+    seqlen,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if kv_len_ptr is not None:
+        seqlen = tl.minimum(tl.load(kv_len_ptr + tl.program_id(2)), seqlen)
+    pool_block(x, pooled_ptr, strides, seqlen, HEAD_DIM, BLOCK_D, BLOCK)
+    if other is not None:
+        pool_block(other, other_pooled_ptr, other_strides, seqlen, HEAD_DIM, BLOCK_D, BLOCK)
 
 
 def block_pool(x: Tensor, block_size: int, kv_len: Tensor | None = None) -> Tensor:
@@ -50,7 +70,22 @@ def block_pool(x: Tensor, block_size: int, kv_len: Tensor | None = None) -> Tens
     Returns:
         `(B, H, N, D)` in float32, N = ceil(S / block_size).
     """
-    check_tensors(x=x)
+    return _pool([x], block_size, kv_len, torch.float32)[0]
+
+
+def pool_keys_values(
+    key: Tensor, value: Tensor, block_size: int, kv_len: Tensor | None = None
+) -> list[Tensor]:
+    """The same of keys and of values, which have one shape and dtype, in their dtype."""
+    return _pool([key, value], block_size, kv_len, key.dtype)
+
+
+def _pool(
+    tensors: list[Tensor], block_size: int, kv_len: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """One or two tensors of one shape."""
+    x = tensors[0]
+    check_tensors(**dict(zip(("x", "other"), tensors)))
     if block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size must be one of {BLOCK_SIZES}, got {block_size}. Choose one of these."
@@ -59,15 +94,19 @@ def block_pool(x: Tensor, block_size: int, kv_len: Tensor | None = None) -> Tens
     if kv_len is not None:
         check_index("kv_len", kv_len, (batch,), (torch.int32,), x.device)
         kv_len = kv_len.contiguous()
-    x = x if x.stride(3) == 1 else x.contiguous()
+    tensors = [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
     blocks = triton.cdiv(seqlen, block_size)
-    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
+    shape = batch, heads, blocks, head_dim
+    pooled = [torch.empty(shape, dtype=dtype, device=x.device) for _ in tensors]
     with torch.cuda.device_of(x):
         block_pool_kernel[(blocks, heads, batch)](
-            x=x,
-            pooled_ptr=pooled,
+            x=tensors[0],
+            other=tensors[1] if tensors[1:] else None,
+            pooled_ptr=pooled[0],
+            other_pooled_ptr=pooled[1] if tensors[1:] else None,
             kv_len_ptr=kv_len,
-            strides=x.stride(),
+            strides=tensors[0].stride(),
+            other_strides=tensors[-1].stride(),
             seqlen=seqlen,
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),

@@ -76,6 +76,7 @@ def online_softmax(scores, scale_log2, running_max, running_sum):
     return probs, rescale, new_max, running_sum * rescale + tl.sum(probs, 1)
 
 
+@functools.cache
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, that holds `head_dim`."""
     return max(16, triton.next_power_of_2(head_dim))

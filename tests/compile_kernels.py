@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from dit_sparse.kernels import dot, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
-from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
+from dit_sparse.kernels.block_pool import block_pool, pool_keys_values  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
 from dit_sparse.kernels.sampled_mass import sampled_mass  # noqa: E402
 from dit_sparse.kernels.select_rows import select_rows, work_order
@@ -106,6 +106,7 @@ def launches(everything: bool):
                     ),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)
+            yield f"pool of keys and values {name}", lambda x=x: pool_keys_values(x, x, 128)
     scores, kept = torch.zeros(1, 2, 4, 1000), torch.ones(1, 2, dtype=torch.int64)
     yield "top k", lambda: top_k(scores, kept, torch.zeros(4, 1000, dtype=torch.bool))
     budgets = 1, 2, 3, 0.8

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.grid import VideoGrid
 from dit_sparse.kernels.block_mass import block_mass
-from dit_sparse.kernels.block_pool import block_pool
+from dit_sparse.kernels.block_pool import block_pool, pool_keys_values
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
 from dit_sparse.kernels.sampled_mass import sampled_mass
 from dit_sparse.kernels.select_rows import work_order
@@ -395,13 +395,19 @@ def check_selection(device: str, tokens: int = 200, heads: int = 3, **options) -
 
 
 def check_pool(case: Case, device: str) -> dict[str, float]:
-    """Run `block_pool` on the query of `case` against float64 means."""
-    query, block_q = draw(case, device)[0], case.block_size[0]
+    """Run `block_pool` on the query of `case` against float64 means; keys and values likewise."""
+    (query, key, value), block_q = draw(case, device)[:3], case.block_size[0]
     want = torch.stack([part.double().mean(1) for part in query.split(block_q, 1)], 2)
     pooled = block_pool(query, block_q)
     assert pooled.shape == want.shape and pooled.dtype == torch.float32
     error = max_error(pooled, want)
     assert error <= 1e-6, f"{case.name}: pooled {error}"
+    last_place = torch.finfo(query.dtype).eps  # the interpreter cuts bf16 off
+    for x, means in zip((key, value), pool_keys_values(key, value, block_q)):
+        assert means.dtype == x.dtype
+        torch.testing.assert_close(
+            means.float(), block_pool(x, block_q), rtol=last_place, atol=1e-6
+        )
     return {"pool": error}
 
 

@@ -25,15 +25,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask, triton_is_installed
 from ..config import SparseConfig, flag, is_number
 from .score import Scores, exact_mass
 from .search import Found, Search
-from .select import blocks_of, kept_share, most_blocks, top_k_rows
+from .select import blocks_of, kept_share, most_blocks, pack_rows, packs, top_k_rows
 
 TOP_LEVEL = 1.5  # the densest level of heads, as a multiple of the density
 MAX_ADAPTIVE_DENSITY = 1 / TOP_LEVEL
-MAX_FUSED_BLOCKS = 16384  # of a row, in one program of our kernel
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ class AdaSpa(SparseConfig):
     def find(self, search: Search) -> Found:
         mass, cost = self.score(search)
         forced = self.forced(search)
-        fits = mass.shape[-1] <= MAX_FUSED_BLOCKS and search.shared is None
-        if mass.is_cuda and triton_is_installed() and fits:
+        if packs(mass) and search.shared is None:
             return self.find_packed(mass, forced, search.grid.tokens, cost)
         return self.find_in_torch(mass, forced, cost, search)
 
@@ -92,19 +89,12 @@ class AdaSpa(SparseConfig):
 
     def find_packed(self, mass: Tensor, forced: Tensor, tokens: int, cost: float) -> Found:
         """The same in a few launches, without the bool mask."""
-        from ..kernels.select_rows import select_rows
-
-        blocks = mass.shape[-1]
         density = torch.tensor([self.density])
         levels = torch.cat([density * 0.5, density, density * TOP_LEVEL])
-        low, usual, high = blocks_of(levels, blocks).tolist()
+        low, usual, high = blocks_of(levels, mass.shape[-1]).tolist()
         adaptive = self.head_adaptive and self.density <= MAX_ADAPTIVE_DENSITY
         budgets = (low, usual, high, self.recall_threshold) if adaptive else None
-        kept = torch.full(mass.shape[:2], usual, dtype=torch.int32, device=mass.device)
-        size, lengths = (self.block_size, self.block_size), (tokens, tokens)
-        packed = select_rows(mass, kept, forced, lengths, self.block_size, budgets)
-        bits, kept_density, kept_mass = packed
-        return Found(BlockMask(bits, *lengths, size, blocks, kept_density), kept_mass, cost)
+        return Found(*pack_rows(mass, usual, forced, tokens, self.block_size, budgets), cost)
 
     def score(self, search: Search) -> Scores:
         return exact_mass(search, self.block_size, self.engine)

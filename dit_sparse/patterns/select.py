@@ -6,8 +6,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..block_mask import triton_is_installed
+from ..block_mask import BlockMask, triton_is_installed
 from ..grid import VideoGrid
+
+MAX_FUSED_BLOCKS = 16384  # of a row, in one program of our kernels
 
 
 def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor, most: int | None = None) -> Tensor:
@@ -34,6 +36,37 @@ def top_k_rows(scores: Tensor, kept: Tensor, forced: Tensor, most: int | None = 
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask.scatter_(-1, best, within.expand_as(best))
     return mask | forced
+
+
+def packs(scores: Tensor) -> bool:
+    """Whether `pack_rows` serves scores like these."""
+    fits = scores.dtype == torch.float32 and scores.shape[-1] <= MAX_FUSED_BLOCKS
+    return scores.is_cuda and triton_is_installed() and fits
+
+
+def pack_rows(
+    mass: Tensor,
+    kept: int,
+    forced: Tensor,
+    tokens: int,
+    block_size: int,
+    budgets: tuple[int, int, int, float] | None = None,
+) -> tuple[BlockMask, Tensor]:
+    """`top_k_rows`, packing and `kept_share` in a few launches, without a bool mask.
+
+    Args:
+        mass: (B, H, N, N), not negative. kept: blocks in each row.
+        budgets: of AdaSpa's levels; see `kernels/select_rows.py`.
+
+    Returns:
+        The mask, and the share of the mass inside it, mean over samples, (H,).
+    """
+    from ..kernels.select_rows import select_rows
+
+    counts = torch.full(mass.shape[:2], kept, dtype=torch.int32, device=mass.device)
+    size, lengths = (block_size, block_size), (tokens, tokens)
+    bits, density, share = select_rows(mass, counts, forced, lengths, block_size, budgets)
+    return BlockMask(bits, *lengths, size, mass.shape[-1], density), share
 
 
 def top_density_rows(scores: Tensor, density: float, forced: Tensor) -> Tensor:
