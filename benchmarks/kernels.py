@@ -15,8 +15,8 @@ The Gluon kernel stands last among the tiles of a sweep; --gluon-cases checks it
 
 Records: shape, engine, block, density, mask, tile, ms, ms_p20, ms_p80, tflops (multiply-adds of
 kept, valid pairs only), ratio_to_dense_best (time over that of the fastest dense engine),
-peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of "triton int8" its errors beside
-"triton" (the time has quantisation in it, which "quantize int8" times alone; inputs are random, not
+peak_bytes (beyond inputs and outputs), read_bytes (of l2-reads); of 8 bits the errors beside
+"triton" (the time has quantisation in it, which "quantize ..." times alone; inputs are random, not
 a model's); of a case its errors and limits.
 Lists are built before the clock starts; "lists", "selection" and "order" are rows of their own.
 What would mislead: inputs are random, so clocks and power are those of random data; see masks.py
@@ -75,6 +75,7 @@ KINDS = ("random", "real", "uneven")
 SEARCH_CASES = (
     "case",
     "int8 case",
+    "fp8 case",
     "selection case",
     "mass case",
     "sampled case",
@@ -273,7 +274,7 @@ def kernel_calls(
 ) -> Iterator[tuple[str, Callable[[], Callable], dict[str, Any]]]:
     """(engine, function that builds what belongs to the mask and gives the call, extra facts)."""
     from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
-    from dit_sparse.kernels.quantize import quantize
+    from dit_sparse.kernels.quantize import quantize, quantize_values
     from dit_sparse.kernels.tiles import CANDIDATES, Tile
 
     size = mask.block_size
@@ -291,12 +292,10 @@ def kernel_calls(
             raise ValueError(f"differs from the table's tile by {error}")
         return lambda: ours(tile=tile)
 
-    errors: dict[str, Any] = {}
-
-    def int8() -> Callable:
+    def eight_bits(precision: str, errors: dict[str, Any]) -> Callable:
         def call():
             chosen = mask.work_order
-            options = {"block_size": size, "order": chosen, "precision": "int8"}
+            options = {"block_size": size, "order": chosen, "precision": precision}
             return block_sparse_fwd(q, k, v, *lists(), **options)
 
         (out, lse), (want, want_lse) = call(), ours()
@@ -307,8 +306,12 @@ def kernel_calls(
 
     default = {"tile": list(default_tile(q, k, v, size))}
     yield "triton", lambda: ours, default
-    yield "triton int8", int8, errors
+    for precision in ("int8", "fp8"):
+        errors: dict[str, Any] = {}
+        yield f"triton {precision}", partial(eight_bits, precision, errors), errors
     yield "quantize int8", lambda: lambda: quantize(q, k, size), {}
+    fp8 = quantize, quantize_values
+    yield "quantize fp8", lambda: lambda: (fp8[0](q, k, size, None, "fp8"), fp8[1](v, size[1])), {}
     yield "triton unordered", lambda: lambda: ours(order=False), default
     if why_not("fa4", problem(q, size)) is None:
         yield "fa4", lambda: fa4_call(mask, q, k, v), {}
@@ -387,7 +390,8 @@ def mask_rows(bench: Bench, shape: Shape, q, k, v, size, kind, density, sweep) -
             continue
         with bench.attempt(key):
             name = engine.replace("quantize", "triton").split(" ")
-            asked = problem(q, size)._replace(precision="int8" if "int8" in name else "full")
+            precision = name[-1] if name[-1] in ("int8", "fp8") else "full"
+            asked = problem(q, size)._replace(precision=precision)
             wrong = disagreement(name[0], asked)
             if wrong:
                 raise ValueError(f"not timed, {wrong}")
@@ -467,9 +471,9 @@ def check_cases(bench: Bench) -> None:
     """Every case of the tests on this GPU. Ours gets no time where one is outside the rule."""
     from kernel_cases import (
         CASES,
-        INT8_CASES,
+        EIGHT_BIT_CASES,
+        check_8_bits,
         check_attention,
-        check_int8,
         check_mass,
         check_pool,
         check_sampled,
@@ -484,8 +488,10 @@ def check_cases(bench: Bench) -> None:
     run_case(bench, "selection case", "7 blocks", partial(check_selection, "cuda"))
     many = partial(check_selection, "cuda", tokens=59456, heads=24, density=0.2)
     run_case(bench, "selection case", "1858 blocks", many)
-    for case in INT8_CASES:
-        run_case(bench, "int8 case", case.name, partial(check_int8, case, "cuda"))
+    for case in EIGHT_BIT_CASES:
+        for precision in ("int8", "fp8"):
+            check = partial(check_8_bits, case, "cuda", precision)
+            run_case(bench, f"{precision} case", case.name, check)
     run_case(bench, "top-k case", "77 blocks", partial(check_top_k, "cuda"))
     run_case(bench, "top-k case", "1858 blocks", partial(check_top_k, "cuda", 1858))
     for case in CASES:

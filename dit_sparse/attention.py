@@ -65,8 +65,9 @@ def sparse_attention(
         scale: factor of the logits, 1 / sqrt(D) by default.
         engine: "triton" (our kernels), "fa4" (flash-attn-4, Hopper), "flex" (FlexAttention),
             "torch" (everywhere) or "auto". Each is compared with "torch" at its first use.
-        precision: "full" or, for "triton" and "torch", "int8": products of queries and keys in
-            INT8, one scale a block, keys less their mean; the log-sum-exp is that of the keys.
+        precision: "full" or, for "triton" and "torch", "int8" (products of queries and keys in
+            INT8) or "fp8" (all products in FP8, e4m3): one scale a block, keys less their mean; the
+            log-sum-exp is that of the keys.
         return_lse: also return the log-sum-exp (B, H, Sq) float32, natural log.
 
     Returns:

@@ -437,7 +437,7 @@ def bench_attention(
     dim: Annotated[int | None, typer.Option(help="Of a head, in place of the shape's.")] = None,
     density: Annotated[float, typer.Option(help="Share of blocks that are read.")] = 0.2,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
-    precision: Annotated[str, typer.Option(help="Of sparse calls, full or int8.")] = "full",
+    precision: Annotated[str, typer.Option(help="Of sparse calls: full, int8 or fp8.")] = "full",
     tune: Annotated[
         bool, typer.Option("--tune", help="Time tiles instead, keep the fastest for this GPU.")
     ] = False,

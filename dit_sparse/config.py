@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
-PRECISIONS = ("full", "int8")
+PRECISIONS = ("full", "int8", "fp8")
 DEFAULT_ORDER = "curve"
 
 

@@ -29,13 +29,11 @@ def sparse_attention(
         A query block that keeps nothing gives output 0 and lse -inf.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if precision == "int8":
-        rounded_query, rounded_key, shift = rounded_to_int8(
-            query, key, block_mask.block_size, kv_len
+    if precision != "full":
+        *rounded, shift = rounded_to_8_bits(
+            query, key, value, block_mask.block_size, kv_len, precision
         )
-        output, lse = sparse_attention(
-            rounded_query, rounded_key, value.float(), block_mask, kv_len=kv_len, scale=scale
-        )
+        output, lse = sparse_attention(*rounded, block_mask, kv_len=kv_len, scale=scale)
         return output.to(query.dtype), lse + shift * scale
     counts, indices = block_mask.indices()
     output = torch.zeros_like(query)
@@ -59,16 +57,21 @@ def sparse_attention(
     return output, lse
 
 
-def rounded_to_int8(
-    query: Tensor, key: Tensor, block_size: tuple[int, int], kv_len: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What INT8 with one scale a block keeps of queries and keys; see `kernels/quantize.py`.
+def rounded_to_8_bits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    kv_len: Tensor | None = None,
+    precision: str = "int8",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What 8 bits with one scale a block keep; see `kernels/quantize.py`.
 
     Returns:
-        Both in float32, keys less their mean, and what every logit of a query lost with that before
-        it is scaled, (B, H, Sq).
+        Queries, keys less their mean, and values, which "int8" leaves as they are, in float32; and
+        what every logit of a query lost with the mean before it is scaled, (B, H, Sq).
     """
-    query, key = query.float(), key.float()
+    query, key, value = query.float(), key.float(), value.float()
     blocks = block_lengths(key.shape[1], block_size[1], kv_len, key.device).gt(0).sum(1)  # (B,)
     mean = block_pool(key, block_size[1], kv_len).sum(2)  # (B, H, D)
     mean = mean / blocks.clamp_min(1)[:, None, None]
@@ -76,17 +79,24 @@ def rounded_to_int8(
     key = key - mean.unsqueeze(1)
     if kv_len is not None:
         padded = torch.arange(key.shape[1], device=key.device) >= kv_len.to(key.device)[:, None]
-        key = key.masked_fill(padded[..., None, None], 0)
-    return _rounded(query, block_size[0]), _rounded(key, block_size[1]), shift
+        key, value = (x.masked_fill(padded[..., None, None], 0) for x in (key, value))
+    query = _rounded(query, block_size[0], precision)
+    key = _rounded(key, block_size[1], precision)
+    value = value if precision == "int8" else _rounded(value, block_size[1], precision)
+    return query, key, value, shift
 
 
-def _rounded(x: Tensor, block_size: int) -> Tensor:
-    """(B, S, H, D) rounded to 127 steps of each block's and head's largest magnitude."""
+def _rounded(x: Tensor, block_size: int, precision: str) -> Tensor:
+    """(B, S, H, D) rounded to 8 bits of each block's and head's largest magnitude."""
     blocks = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size))
+    limit = 127.0 if precision == "int8" else 448.0
     largest = blocks.abs().amax((2, 4), keepdim=True).clamp_min(1e-20)
-    return ((blocks * (127 / largest) + 0.5).floor() * (largest / 127)).flatten(1, 2)[
-        :, : x.shape[1]
-    ]
+    blocks = blocks * (limit / largest)
+    if precision == "int8":
+        blocks = (blocks + 0.5).floor()
+    else:
+        blocks = blocks.to(torch.float8_e4m3fn).float()
+    return (blocks * (largest / limit)).flatten(1, 2)[:, : x.shape[1]]
 
 
 def _one_head(

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dot import (
     LN_2,
@@ -34,10 +35,36 @@ from .dot import (
     load_tile,
     online_softmax,
     padded_head_dim,
+    to_fp8,
 )
-from .quantize import quantize
+from .quantize import DTYPES, quantize, quantize_values
 from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
 from .tuned import problem, tuned_tile
+
+# Probabilities in FP8 use its whole range up to 448.
+PROBS_SCALE: tl.constexpr = tl.constexpr(256.0)
+
+
+@triton.jit
+def load_values_8_bits(
+    v,
+    strides,
+    batch,
+    head,
+    start,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    # Tokens start .. start + COLUMNS of one head, (BLOCK_D, COLUMNS).
+    if DESCRIPTORS:
+        return v.load([batch, head, 0, start]).reshape(BLOCK_D, COLUMNS)
+    else:
+        dims = tl.arange(0, BLOCK_D)
+        base = v + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + start
+        pointers = base + (dims.to(tl.int64)[:, None] * strides[2] + tl.arange(0, COLUMNS)[None, :])
+        return tl.load(pointers, mask=(dims < HEAD_DIM)[:, None], other=0.0)
 
 
 @triton.jit
@@ -53,6 +80,7 @@ def attend_tile(
     kv_len,
     scale_log2,
     k_scales,
+    v_scales,
     running_max,
     running_sum,
     acc,
@@ -63,7 +91,7 @@ def attend_tile(
     DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    if k_scales is not None:  # INT8: one scale a block
+    if k_scales is not None:  # 8 bits: one scale a block
         scale_log2 *= tl.load(k_scales + start // BLOCK_KV)
     k_tile = load_tile(
         k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
@@ -77,14 +105,33 @@ def attend_tile(
     probs, rescale, running_max, running_sum = online_softmax(
         scores, scale_log2, running_max, running_sum
     )
-    v_tile = load_tile(
-        v, v_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
-    )
-    if MASKED:
-        # Padding may hold NaN, and 0 * NaN is NaN.
-        v_tile = tl.where(kv_valid[:, None], v_tile, 0.0)
     # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
-    acc = dot(probs.to(v_tile.dtype), v_tile, acc * rescale[:, None])
+    if v_scales is not None:
+        v_tile = load_values_8_bits(
+            v, v_strides, batch, head, start, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS
+        )
+        # Tensor cores add up FP8 products in few bits: only a tile's, the rest in float32.
+        of_tile = dot(to_fp8(probs * PROBS_SCALE), v_tile.trans())
+        v_scale = tl.load(v_scales + start // BLOCK_KV) / PROBS_SCALE
+        acc = acc * rescale[:, None] + of_tile * v_scale
+    else:
+        v_tile = load_tile(
+            v,
+            v_strides,
+            batch,
+            head,
+            start,
+            kv_len,
+            HEAD_DIM,
+            BLOCK_D,
+            COLUMNS,
+            DESCRIPTORS,
+            MASKED,
+        )
+        if MASKED:
+            # Padding may hold NaN, and 0 * NaN is NaN.
+            v_tile = tl.where(kv_valid[:, None], v_tile, 0.0)
+        acc = dot(probs.to(v_tile.dtype), v_tile, acc * rescale[:, None])
     return running_max, running_sum, acc
 
 
@@ -101,6 +148,7 @@ def block_sparse_fwd_kernel(
     order_ptr,
     q_scales_ptr,
     k_scales_ptr,
+    v_scales_ptr,
     shift_ptr,
     q_strides,
     k_strides,
@@ -164,10 +212,12 @@ def block_sparse_fwd_kernel(
     full_tiles = tl.where(num_blocks > 0, full_tiles, 0)
 
     head_row = batch.to(tl.int64) * heads + head
-    k_scales = k_scales_ptr
+    k_scales, v_scales = k_scales_ptr, v_scales_ptr
     if q_scales_ptr is not None:
         scale_log2 *= tl.load(q_scales_ptr + head_row * q_blocks + q_block)
         k_scales += head_row * tl.cdiv(max_kv_len, BLOCK_KV)
+    if v_scales_ptr is not None:
+        v_scales += head_row * tl.cdiv(max_kv_len, BLOCK_KV)
     q_tile = load_tile(
         q, q_strides, batch, head, q_start, q_len, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
     )
@@ -192,6 +242,7 @@ def block_sparse_fwd_kernel(
             kv_len,
             scale_log2,
             k_scales,
+            v_scales,
             running_max,
             running_sum,
             acc,
@@ -216,6 +267,7 @@ def block_sparse_fwd_kernel(
             kv_len,
             scale_log2,
             k_scales,
+            v_scales,
             running_max,
             running_sum,
             acc,
@@ -247,15 +299,21 @@ def block_sparse_fwd_kernel(
     tl.store(lse_ptr + head_row * q_len + rows, lse, mask=q_valid)
 
 
-def check_int8(query: Tensor, precision: str) -> None:
-    """Raise `ValueError` unless INT8 products were asked for and serve queries like these."""
-    if precision != "int8":
-        raise ValueError(f"precision must be one of full, int8, got {precision!r}")
+def check_precision(query: Tensor, precision: str) -> None:
+    """Raise `ValueError` unless 8 bits were asked for and serve queries like these."""
+    if precision not in DTYPES:
+        raise ValueError(f"precision must be one of full, {', '.join(DTYPES)}, got {precision!r}")
     if query.dtype == torch.float32 or query.shape[3] <= 16:
         raise ValueError(
-            "precision='int8' takes bfloat16 and float16 and head dims from 17, got"
+            f"precision={precision!r} takes bfloat16 and float16 and head dims from 17, got"
             f" {query.dtype} and {query.shape[3]}. Use precision='full'."
         )
+
+
+def describe_values_8_bits(v: Tensor, columns: int) -> TensorDescriptor:
+    """A descriptor of `(B, H, D, S)` that loads `columns` tokens of one head."""
+    block = [1, 1, padded_head_dim(v.shape[2]), columns]
+    return TensorDescriptor(v, list(v.shape), list(v.stride()), block)
 
 
 def default_tile(
@@ -271,7 +329,7 @@ def default_tile(
     served = path == "descriptor" and not triton_only and head_dim in (64, 128)
     gluon = served and gluon_runs(query.device)
     found = tuned_tile(query.device, problem(path, head_dim, block_size))
-    if found is not None and (gluon or not found.gluon) and query.dtype != torch.int8:
+    if found is not None and (gluon or not found.gluon) and query.element_size() > 1:
         return found
     return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
 
@@ -303,8 +361,8 @@ def block_sparse_fwd(
         kv_len: `(B,)` int32, valid keys per sample; all by default.
         order: `(B * H * Nq,)` int32, rows in the order in which they start, best the longest
             first. It changes the time only.
-        precision: "int8" multiplies queries and keys in INT8 (`quantize`), which takes bfloat16 and
-            float16 and head dims from 17; "full" in their dtype.
+        precision: "int8" multiplies queries and keys in INT8, "fp8" queries, keys and values in FP8
+            (`quantize.py`), of bfloat16 and float16 and head dims from 17; "full" in their dtype.
         tile: another tile than the table's, for measurements; where it fails, nothing replaces it.
 
     Returns:
@@ -339,12 +397,17 @@ def block_sparse_fwd(
     out = torch.empty(query.shape, dtype=value.dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
 
-    q_scales = k_scales = shift = None
+    q_scales = k_scales = v_scales = shift = None
     if precision != "full":
-        check_int8(query, precision)
-        query, key, q_scales, k_scales, shift = quantize(query, key, block_size, kv_len)
+        check_precision(query, precision)
+        given = query, key, block_size, kv_len, precision
+        query, key, q_scales, k_scales, shift = quantize(*given)
+    if precision == "fp8":
+        value, v_scales = quantize_values(value, block_kv, kv_len)
     path, dim = load_path(query, key, value), padded_head_dim(head_dim)
     descriptors = path == "descriptor"
+
+    describe_v = describe if v_scales is None else describe_values_8_bits
 
     def run(tile: Tile) -> None:
         if tile.gluon:
@@ -357,7 +420,7 @@ def block_sparse_fwd(
         block_sparse_fwd_kernel[(q_blocks * (block_q // rows) * heads * batch,)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
-            v=describe(value, columns) if descriptors else value,
+            v=describe_v(value, columns) if descriptors else value,
             out_ptr=out,
             lse_ptr=lse,
             kv_num_blocks_ptr=kv_num_blocks,
@@ -366,6 +429,7 @@ def block_sparse_fwd(
             order_ptr=order,
             q_scales_ptr=q_scales,
             k_scales_ptr=k_scales,
+            v_scales_ptr=v_scales,
             shift_ptr=shift,
             q_strides=query.stride(),
             k_strides=key.stride(),
@@ -392,8 +456,8 @@ def block_sparse_fwd(
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
     with torch.cuda.device_of(query):
         if tile is None:
-            # The Gluon kernel knows neither valid lengths nor INT8.
-            own = kv_len is not None or precision == "int8"
+            # The Gluon kernel knows neither valid lengths nor 8 bits.
+            own = kv_len is not None or precision != "full"
             tile = default_tile(query, key, value, block_size, own)
             launch(key_of, tile.within(block_size), run)
         else:

@@ -35,6 +35,17 @@ INTERPRETING: tl.constexpr = tl.constexpr(not isinstance(dot, triton.JITFunction
 
 
 @triton.jit
+def to_fp8(x):
+    # float32 to e4m3, to nearest. Triton's interpreter halves what rounds up to a power of two: it
+    # gets numbers of three bits already.
+    if INTERPRETING:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
 def load_tile(
     x,
     strides,

@@ -1,14 +1,16 @@
-"""Queries and keys in INT8 with one scale a block, keys less their mean: one Triton kernel each.
+"""Queries, keys and values in 8 bits with one scale a block, keys less their mean.
 
     q8[i] = round(q[i] / q_scale),  k8[j] = round((k[j] - mean) / k_scale),  shift[i] = q[i] . mean
 
-A scale is the block's largest magnitude over 127. Taking one vector off all keys of a head adds the
-same to every logit of a query, so the softmax is what it was and the log-sum-exp lacks scale *
-shift; what is left of the keys is smaller, and so is its rounding (SageAttention, arXiv
-2410.02367). Any vector would do: the mean of block means is taken, which one more kernel gives.
+A scale is the block's largest magnitude over the largest number of the format: 127 in INT8, 448 in
+FP8 (e4m3). Taking one vector off all keys of a head adds the same to every logit of a query, so the
+softmax is what it was and the log-sum-exp lacks scale * shift; what is left of the keys is smaller,
+and so is its rounding (SageAttention, arXiv 2410.02367). Any vector would do: the mean of block
+means is taken, which one more kernel gives.
 
-Why INT8 and not FP8: every GPU from compute capability 8.0 multiplies it, FP8 needs 8.9, and with a
-scale a block its steps are finer than those of FP8's three bits. Values stay in 16 bits.
+INT8 has finer steps, and every GPU from compute capability 8.0 multiplies it; but its sums must be
+made floats, at the rate of exponentials. FP8 needs 8.9. Values are in 8 bits in FP8 alone, their
+tokens last: tensor cores read the second factor of an 8-bit product along what is summed over.
 """
 
 import torch
@@ -17,7 +19,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_pool import block_pool
-from .dot import check_tensors, load_tile, padded_head_dim
+from .dot import check_tensors, load_tile, padded_head_dim, to_fp8
+
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@triton.jit
+def to_8_bits(tile, dtype: tl.constexpr):
+    # The tile in 8 bits, and what it must be multiplied by.
+    limit: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    largest = tl.maximum(tl.max(tl.max(tl.abs(tile), 1), 0), 1e-20)
+    scaled = tile * (limit / largest)
+    if dtype == tl.int8:
+        rounded = tl.floor(scaled + 0.5).to(tl.int8)
+    else:
+        rounded = to_fp8(scaled)
+    return rounded, largest / limit
 
 
 @triton.jit(do_not_specialize=["seqlen"])
@@ -52,26 +69,91 @@ def quantize_kernel(
             valid = tl.minimum(tl.load(kv_len_ptr + batch), seqlen)
         # Padding may hold NaN, and is not what sets the scale.
         tile = tl.where((rows < valid)[:, None], tile - mean[None, :], 0.0)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(tile), 1), 0), 1e-20)
-    rounded = tl.floor(tile * (127.0 / largest) + 0.5).to(tl.int8)
-    tl.store(scale_ptr + row_of_head * tl.num_programs(0) + block, largest / 127.0)
+    rounded, scale = to_8_bits(tile, out_ptr.dtype.element_ty)
+    tl.store(scale_ptr + row_of_head * tl.num_programs(0) + block, scale)
     out_rows = (batch.to(tl.int64) * seqlen + rows)[:, None] * heads + head
     valid_out = (rows < seqlen)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(out_ptr + out_rows * HEAD_DIM + dims[None, :], rounded, mask=valid_out)
 
 
+@triton.jit(do_not_specialize=["seqlen"])
+def quantize_values_kernel(
+    x,
+    out_ptr,
+    scale_ptr,
+    kv_len_ptr,
+    strides,
+    seqlen,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks, heads = tl.num_programs(0), tl.num_programs(1)
+    start = block * BLOCK
+    tile = load_tile(
+        x, strides, batch, head, start, seqlen, HEAD_DIM, BLOCK_D, BLOCK, False, True
+    ).to(tl.float32)
+    rows = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    valid = seqlen
+    if kv_len_ptr is not None:
+        valid = tl.minimum(tl.load(kv_len_ptr + batch), seqlen)
+    tile = tl.where((rows < valid)[:, None], tile, 0.0)  # padding may hold NaN
+    rounded, scale = to_8_bits(tile, out_ptr.dtype.element_ty)
+    row_of_head = batch.to(tl.int64) * heads + head
+    tl.store(scale_ptr + row_of_head * blocks + block, scale)
+    out_rows = (row_of_head * HEAD_DIM + dims)[:, None] * (blocks * BLOCK)
+    tl.store(out_ptr + out_rows + rows[None, :], rounded.trans(), mask=(dims < HEAD_DIM)[:, None])
+
+
+def quantize_values(
+    value: Tensor, block: int, kv_len: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Values `(B, S, H, D)` in FP8, tokens last.
+
+    Returns:
+        `(B, H, D, N * block)`, zeros after the last valid token, and scales `(B, H, N)` float32.
+    """
+    value = value if value.stride(3) == 1 else value.contiguous()
+    batch, seqlen, heads, head_dim = value.shape
+    blocks = triton.cdiv(seqlen, block)
+    shape, device = (batch, heads, head_dim, blocks * block), value.device
+    out = torch.empty(shape, dtype=DTYPES["fp8"], device=device)
+    scale = torch.empty((batch, heads, blocks), dtype=torch.float32, device=device)
+    with torch.cuda.device_of(value):
+        quantize_values_kernel[(blocks, heads, batch)](
+            x=value,
+            out_ptr=out,
+            scale_ptr=scale,
+            kv_len_ptr=kv_len,
+            strides=value.stride(),
+            seqlen=seqlen,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK=block,
+            num_warps=4,
+        )
+    return out, scale
+
+
 def quantize(
-    query: Tensor, key: Tensor, block_size: tuple[int, int], kv_len: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    kv_len: Tensor | None = None,
+    precision: str = "int8",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys in INT8.
+    """Queries and keys in 8 bits.
 
     Args:
         query, key: `(B, S, H, D)` and `(B, S_kv, H, D)`, any strides.
         block_size: tokens in a query block and in a key block.
         kv_len: `(B,)` int32, valid keys per sample; all by default.
+        precision: "int8" or "fp8".
 
     Returns:
-        Both as int8 in their shapes, their scales `(B, H, N)` and `(B, H, Nkv)` float32, and the
+        Both in 8 bits in their shapes, their scales `(B, H, N)` and `(B, H, Nkv)` float32, and the
         shift `(B, H, S)` float32.
     """
     check_tensors(query=query, key=key)
@@ -87,7 +169,7 @@ def quantize(
     results = []
     for x, block, of_query in ((query, block_size[0], True), (key, block_size[1], False)):
         blocks = triton.cdiv(x.shape[1], block)
-        out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        out = torch.empty(x.shape, dtype=DTYPES[precision], device=x.device)
         scale = torch.empty((batch, heads, blocks), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             quantize_kernel[(blocks, heads, batch)](

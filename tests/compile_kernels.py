@@ -55,7 +55,7 @@ class Driver:
         return torch.device("cpu")
 
 
-def launches(everything: bool):
+def launches(everything: bool, precisions: tuple[str, ...]):
     """(name, call) of each configuration; the ones users meet first unless `everything`."""
     head_dims = (16, 32, 64, 96, 128, 256) if everything else (128,)
     dtypes = (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,)
@@ -75,11 +75,11 @@ def launches(everything: bool):
                         x, x, x, c, i, block_size=s, order=c.flatten()
                     ),
                 )
-                if dtype != torch.float32 and head_dim > 16:
+                for precision in precisions if dtype != torch.float32 and head_dim > 16 else ():
                     yield (
-                        f"int8 fwd {name}",
-                        lambda x=x, c=counts, i=indices, s=size: block_sparse_fwd(
-                            x, x, x, c, i, block_size=s, order=c.flatten(), precision="int8"
+                        f"{precision} fwd {name}",
+                        lambda x=x, c=counts, i=indices, s=size, p=precision: block_sparse_fwd(
+                            x, x, x, c, i, block_size=s, order=c.flatten(), precision=p
                         ),
                     )
                 yield (
@@ -165,7 +165,8 @@ def main() -> None:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
-    chosen = list(launches(arguments.all))
+    eight_bits = ("int8", "fp8") if target.backend == "cuda" and target.arch >= 89 else ("int8",)
+    chosen = list(launches(arguments.all, eight_bits))
     if arguments.gluon:
         chosen = list(gluon_launches())
     for name, call in chosen:

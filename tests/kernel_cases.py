@@ -23,7 +23,7 @@ from dit_sparse.kernels.tiles import Tile
 from dit_sparse.kernels.top_k import top_k
 from dit_sparse.patterns.adaspa import AdaSpa
 from dit_sparse.patterns.select import forced_blocks
-from dit_sparse.reference import rounded_to_int8
+from dit_sparse.reference import rounded_to_8_bits
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -233,26 +233,33 @@ def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[s
     return errors
 
 
-INT8_CASES = [
+EIGHT_BIT_CASES = [
     case
     for case in CASES
     if case.dtype != FP32 and case.head_dim > 16 and case.name != "sharp-scale"
 ]
 
 
-def check_int8(case: Case, device: str) -> dict[str, float]:
-    """Run the kernel in INT8 on `case`, its keys far from 0, against two float64 oracles.
+# Error against exact inputs, root mean square and of the LSE; and what the other oracle allows
+# beyond rounding: elements that round the other way, and in FP8 rounded probabilities.
+EIGHT_BITS = {"int8": (0.02, 0.05, 2e-3, 5e-3), "fp8": (0.07, 0.15, 0.06, 0.03)}
 
-    Of the rounded queries and keys it must be what `check_attention` asks, but for a few elements
-    that may round the other way; of the exact ones, within 2% (root mean square) and 0.05 (LSE).
+
+def check_8_bits(case: Case, device: str, precision: str) -> dict[str, float]:
+    """Run the kernel in 8 bits on `case`, its keys far from 0, against two float64 oracles.
+
+    Of the rounded inputs it must be what `check_attention` asks, but for elements that may round
+    the other way and, in FP8, for what rounding the probabilities does; of the exact ones, within
+    the limits of EIGHT_BITS.
     """
     query, key, value, blocks, kv_len = draw(case, device)
     key += torch.linspace(-4, 4, case.head_dim, device=device).to(case.dtype)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     mask = token_mask(case, blocks, kv_len)
     exact, exact_lse = oracle(query, key, value, mask, scale)
-    rounded_query, rounded_key, shift = rounded_to_int8(query, key, case.block_size, kv_len)
-    want, want_lse = oracle(rounded_query, rounded_key, value, mask, scale)
+    inputs = query, key, value, case.block_size, kv_len, precision
+    *rounded, shift = rounded_to_8_bits(*inputs)
+    want, want_lse = oracle(*rounded, mask, scale)
     want_lse = want_lse + shift.double() * scale
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     with sdpa_kernel(SDPBackend.MATH):
@@ -263,23 +270,25 @@ def check_int8(case: Case, device: str) -> dict[str, float]:
             key[sample, length:] = value[sample, length:] = float("nan")
     counts, indices = to_lists(blocks, case.index_dtype)
     options = {"block_size": case.block_size, "scale": case.scale, "kv_len": kv_len}
-    out, lse = block_sparse_fwd(query, key, value, counts, indices, precision="int8", **options)
+    out, lse = block_sparse_fwd(query, key, value, counts, indices, precision=precision, **options)
     assert out.shape == query.shape and out.dtype == query.dtype
+    rms_limit, lse_limit, room, lse_room = EIGHT_BITS[precision]
     errors = {
         "out": max_error(out, want),
-        "out_limit": 2 * max_error(math, exact) + 2 * ulp(want, case.dtype) + 2e-3,
+        "out_limit": 2 * max_error(math, exact) + 2 * ulp(want, case.dtype) + room,
         "lse": max_error(lse, want_lse),
-        "lse_limit": 5e-3,
+        "lse_limit": lse_room,
         "from_exact": ((out.double() - exact).square().mean() / exact.square().mean())
         .sqrt()
         .item(),
         "lse_from_exact": max_error(lse, exact_lse),
     }
-    assert errors["out"] <= errors["out_limit"], f"{case.name}: INT8 output {errors}"
-    assert errors["lse"] <= errors["lse_limit"], f"{case.name}: INT8 LSE {errors}"
-    assert errors["from_exact"] <= 0.02, f"{case.name}: INT8 output {errors}"
-    assert errors["lse_from_exact"] <= 0.05, f"{case.name}: INT8 LSE {errors}"
-    assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{case.name}: empty rows are not 0"
+    name = f"{case.name}, {precision}"
+    assert errors["out"] <= errors["out_limit"], f"{name}: output {errors}"
+    assert errors["lse"] <= errors["lse_limit"], f"{name}: LSE {errors}"
+    assert errors["from_exact"] <= rms_limit, f"{name}: output {errors}"
+    assert errors["lse_from_exact"] <= lse_limit, f"{name}: LSE {errors}"
+    assert (out[~mask.any(-1).transpose(1, 2)] == 0).all(), f"{name}: empty rows are not 0"
     return errors
 
 

@@ -60,7 +60,7 @@ def test_the_command_prints_a_table_and_json(monkeypatch):
         ("--shape", "wan", "--shape must be one of small, wan-1.3b-480p"),
         ("--tokens", 0, "--tokens must be at least 1"),
         ("--density", 2, "density"),
-        ("--precision", "fp4", "precision must be one of full, int8"),
+        ("--precision", "fp4", "precision must be one of full, int8, fp8"),
         ("--block-size", 48, "block_size must be one of"),
     ],
 )

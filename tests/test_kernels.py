@@ -13,11 +13,11 @@ pytest.importorskip("triton")
 
 from kernel_cases import (  # noqa: E402
     CASES,
+    EIGHT_BIT_CASES,
     FP32,
-    INT8_CASES,
     Case,
+    check_8_bits,
     check_attention,
-    check_int8,
     check_mass,
     check_pool,
     check_sampled,
@@ -106,14 +106,16 @@ def test_sparse_attention_gives_the_kernel_what_it_wants(path):
     "d64-bf16", "d128-fp16", "d33-bf16-unaligned", "block-64-128", "one-token-over",
     "some-rows-empty", "kv-len-inside-big-blocks", "kv-len-shared-lists", "sliced",
 )  # fmt: skip
-def test_int8_is_attention_of_rounded_queries_and_keys(case, path):
-    check_int8(case, DEVICE)
+def test_8_bits_are_attention_of_rounded_inputs(case, path):
+    for precision in ("int8", "fp8"):
+        check_8_bits(case, DEVICE, precision)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", INT8_CASES, ids=lambda case: case.name)
-def test_int8_in_every_case(case, path):
-    check_int8(case, DEVICE)
+@pytest.mark.parametrize("case", EIGHT_BIT_CASES, ids=lambda case: case.name)
+def test_8_bits_in_every_case(case, path):
+    for precision in ("int8", "fp8"):
+        check_8_bits(case, DEVICE, precision)
 
 
 def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
@@ -247,7 +249,7 @@ def test_a_gpu_that_is_too_small_gets_a_smaller_tile_and_one_warning(caplog):
     assert caplog.text.count("does not run here") == 1
 
 
-@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
 def test_attention_that_does_not_fit_runs_with_a_smaller_tile(monkeypatch, caplog, precision):
     kernel = fwd.block_sparse_fwd_kernel
 
@@ -357,7 +359,7 @@ def arguments(**changes):
             {"precision": "int8"},
             "takes bfloat16 and float16 and head dims from 17, got torch.float",
         ),
-        ({"precision": "fp8"}, "precision must be one of full, int8, got 'fp8'"),
+        ({"precision": "fp4"}, "precision must be one of full, int8, fp8, got 'fp4'"),
         ({"kv_num_blocks": torch.ones(1, 2, 3, dtype=torch.int32)}, r"shape \(1, 2, 2\)"),
         ({"kv_num_blocks": torch.ones(1, 2, 2, dtype=torch.int64)}, "must be torch.int32"),
         ({"kv_indices": torch.zeros(1, 2, 2, 1)}, "torch.int16 or torch.int32"),

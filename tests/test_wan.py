@@ -382,14 +382,16 @@ def test_measured_cost_and_mass(pipe):
     assert all((e["density"] is None) == (e["step"] <= 1) for e in report.trace)
 
 
-def test_int8_precision_is_told_and_near_full_precision(pipe):
+def test_8_bits_are_told_and_near_full_precision(pipe):
     frames = {}
-    for precision in ("full", "int8"):
+    for precision in ("full", "int8", "fp8"):
         with enable_sparse_attention(pipe, "adaspa", precision=precision, **SPARSE) as handle:
             frames[precision] = generate(pipe)
-            assert handle.report().engines == ["torch" if precision == "full" else "torch int8"]
-    off = (frames["full"] - frames["int8"]).abs().mean()
-    assert 0 < off < 0.05
+            assert handle.report().engines == [
+                "torch" if precision == "full" else f"torch {precision}"
+            ]
+    off = {name: (frames["full"] - x).abs().mean() for name, x in frames.items()}
+    assert 0 < off["int8"] < off["fp8"] < 0.05
 
 
 def test_a_run_that_skips_a_transformer_does_not_report_its_last_run():

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 
+CAPABILITIES = {"INT8": (8, 0), "FP8": (8, 9)}
+
 
 def missing(device: torch.device | str) -> str | None:
     if torch.device(device).type != "cuda":
@@ -19,15 +21,21 @@ def missing(device: torch.device | str) -> str | None:
 def unfit(problem) -> str | None:
     if problem.precision == "full":
         return None
+    name = problem.precision.upper()
     if problem.dtype == torch.float32 or problem.head_dim <= 16:
         return (
-            "INT8 products take bfloat16 and float16 and head dims from 17, not"
+            f"{name} products take bfloat16 and float16 and head dims from 17, not"
             f" {problem.dtype} and {problem.head_dim}"
         )
-    if problem.device.type == "cuda" and not torch.version.hip:
-        major, minor = torch.cuda.get_device_capability(problem.device)
-        if major < 8:
-            return f"INT8 products need compute capability 8.0, and this GPU has {major}.{minor}"
+    if problem.device.type == "cuda" and torch.version.hip:
+        return f"{name} products were not tried on AMD GPUs" if name == "FP8" else None
+    if problem.device.type == "cuda":
+        found, needed = torch.cuda.get_device_capability(problem.device), CAPABILITIES[name]
+        if found < needed:
+            return (
+                f"{name} products need compute capability {needed[0]}.{needed[1]}, and this GPU"
+                f" has {found[0]}.{found[1]}"
+            )
     return None
 
 
