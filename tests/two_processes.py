@@ -28,5 +28,6 @@ def _one(rank: int, folder: Path, function, args) -> None:
     except BaseException:
         traceback.print_exc()
         raise
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # the function may have ended it
+        dist.barrier()
+        dist.destroy_process_group()
