@@ -238,7 +238,7 @@ def generate(
             for s in seeds
             for spec in specs
         ]
-        own = processes.part(clips, lambda clip: records.find(*clip[:2]))
+        own = processes.part([clip for clip in clips if not records.find(*clip[:2])])
         generate_all(pipe, arguments, own, folder, quiet, records)
         processes.end()
     if as_json and processes.first:

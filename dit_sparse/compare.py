@@ -94,7 +94,7 @@ class Comparison:
         same = {name: self.report[name] for name in ("pipeline", "metrics")}
         same |= {"measure": self.measure, "dtype": self.report["environment"]["dtype"]}
         self.records = Records(self.out, self.processes, same)
-        own = self.processes.part(self.cells, self.finished)
+        own = self.processes.part([cell for cell in self.cells if not self.finished(cell)])
         floor = 3 if on_gpu(self.pipe) else 2
         extra = floor * (self.measure_floor and self.cells[0] in own)
         self.steps = Steps(len(own) * (1 + len(self.methods)) + extra, self.quiet)

@@ -6,7 +6,6 @@ command, started again, leaves out what has a record.
 
 import json
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,17 +47,24 @@ class Processes:
         return cls(state), device if device == "cpu" else str(state.device)
 
     @property
+    def count(self) -> int:
+        return 1 if self.state is None else self.state.num_processes
+
+    @property
     def several(self) -> bool:
         return self.state is not None
 
     @property
     def first(self) -> bool:
-        return self.state is None or self.state.is_main_process
+        return self.number == 0
 
-    def part(self, items: Iterable[Any], finished: Callable[[Any], object]) -> list[Any]:
-        """This process' own of the unfinished items; all must be given the same ones."""
-        left = [item for item in items if not finished(item)]
-        self.wait()  # all have looked, before one finishes more
+    @property
+    def number(self) -> int:
+        return 0 if self.state is None else self.state.process_index
+
+    def part(self, left: list[Any]) -> list[Any]:
+        """This process' own of what is left, when all have seen what that is: the same for all."""
+        self.wait()
         if self.state is None:
             return left
         with self.state.split_between_processes(left) as own:
@@ -68,6 +74,14 @@ class Processes:
         """For all others to come here, too."""
         if self.state is not None:
             self.state.wait_for_everyone()
+
+    def of_all(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, those of the first one first."""
+        if self.state is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
 
     def end(self) -> None:
         """Wait for the last time."""

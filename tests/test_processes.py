@@ -17,7 +17,7 @@ import torch
 from test_cli import invoke
 from test_compare import SMALL, comparison
 from tiny import tiny_folder
-from two_processes import on_two
+from two_processes import as_launched, on_two
 
 from dit_sparse import compare as compare_module
 from dit_sparse.loading import load_pipeline
@@ -26,15 +26,9 @@ from dit_sparse.processes import Processes, Records
 PROMPTS = ["a red circle", "a blue square", "a green line"]
 
 
-def join(rank):
-    """As `accelerate launch` tells it to a process."""
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-
 def compared(rank, pipe, out, dies=False):
     """What this process generated, and the report; the second dies in its second clip."""
-    join(rank)
+    as_launched(rank)
     processes, _ = Processes.joined("cpu")
     real, made = compare_module.generate_clip, []
 
@@ -96,13 +90,14 @@ def test_two_processes_share_a_comparison_and_go_on_where_one_was_killed(tmp_pat
 
 
 def generated(rank, out, *options):
-    join(rank)
+    as_launched(rank)
     result = invoke("generate", "-p", tiny_folder(), "-m", SMALL, "-o", out, "--json", *options)
     return result.exit_code, result.stdout, result.stderr
 
 
 def test_two_processes_share_what_is_generated_and_the_first_tells_of_all(tmp_path):
     seeds = [f"--seed={seed}" for seed in range(3)]
+    tiny_folder()  # made before the processes are, for both to have the same
     (code, told, errors), (other_code, nothing, quiet) = on_two(
         tmp_path, generated, tmp_path / "out", *seeds
     )
@@ -118,7 +113,7 @@ def test_two_processes_share_what_is_generated_and_the_first_tells_of_all(tmp_pa
 
 
 def test_a_record_counts_for_the_same_prompt_and_settings_only(tmp_path):
-    several = Processes(SimpleNamespace(is_main_process=True))
+    several = Processes(SimpleNamespace(process_index=0))
     records = Records(tmp_path, several, {"steps": 3})
     records.add("p00-s0", {"prompt": "a", "seconds": 1.0})
     again = partial(Records, tmp_path)

@@ -1,5 +1,6 @@
 """Run a function in two processes that can talk to one another (gloo on the CPU)."""
 
+import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,12 @@ def on_two(folder: Path, function, *args) -> list:
         file.unlink()
     mp.start_processes(_one, (folder, function, args), nprocs=2, start_method="fork")
     return [torch.load(folder / f"of_two_{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def as_launched(rank: int) -> None:
+    """Set what `accelerate launch` tells a process."""
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def _one(rank: int, folder: Path, function, args) -> None:
