@@ -121,7 +121,7 @@ def run_target(runner, target, result, args):
             continue
         result["records"].append(runner.score(name, config, budgets=[target]))
         say(result["records"][-1])
-        save(args, result, baseline="auto")
+        save(args.out, result, baseline="auto")
 
 
 def place_of(record):

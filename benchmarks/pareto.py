@@ -6,7 +6,8 @@
 Every method sweeps the same grid of warm-up x density x searches on tuning prompts, judged by the
 error of the final latents; for each budget its best setting is run on other prompts and scored.
 Published settings are run as they are (hollow points). Resumable: a method that is in the file with
-the same settings is left out. All prompts and seeds of a setting go in one batch.
+the same settings is left out. All prompts and seeds of a setting go in one batch. With
+`accelerate launch --multi_gpu --num_processes N` before it the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
@@ -41,6 +42,7 @@ from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
 from dit_sparse.distil import Distillation, distil  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
 from dit_sparse.patterns import method_class  # noqa: E402
+from dit_sparse.processes import Processes  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
@@ -456,19 +458,34 @@ def join(result, path):
     other = json.loads(path.read_text())
     if other["settings"] != result["settings"]:
         raise SystemExit(f"{path} was made with other settings than the --out file")
-    have = {(r["pipeline"], r["size"], r["method"]) for r in result["records"]}
-    result["records"] += [
-        r for r in other["records"] if (r["pipeline"], r["size"], r["method"]) not in have
-    ]
+    have = {key(record) for record in result["records"]}
+    result["records"] += [r for r in other["records"] if key(r) not in have]
     result["lines"] = other["lines"] | result["lines"]
+    result.setdefault("environment", other["environment"])
 
 
-def save(args, result, baseline=BASELINE):
+def save(path, result, baseline=BASELINE):
     result["paired"] = paired(result["records"], baseline)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(args.out)
+    part.replace(path)
+
+
+def take_in(args, result):
+    """What several processes found, each in a file of its own, of this run or a killed one."""
+    for path in sorted(args.out.parent.glob(f"{args.out.stem}-process-*.json")):
+        found = json.loads(path.read_text())
+        if found["settings"] == result["settings"]:
+            done = {key(record) for record in result["records"]}
+            result["records"] += [r for r in found["records"] if key(r) not in done]
+            result["lines"] |= found["lines"]
+            save(args.out, result)
+        path.unlink()
+
+
+def key(record):
+    return record["pipeline"], record["size"], record["method"]
 
 
 def parse(arguments=None):
@@ -501,33 +518,45 @@ def main(arguments=None):
     args = parse(arguments)
     grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
-    result = load_results(args, grid | {k: getattr(args, k) for k in numbers})
+    fixed = grid | {k: getattr(args, k) for k in numbers}
+    processes, _ = Processes.joined("cuda" if torch.cuda.is_available() else "cpu")
+    if processes.first:
+        take_in(args, load_results(args, fixed))
+    processes.wait()
+    result = load_results(args, fixed)
     if not args.only_figure:
         result["environment"] = environment(args.commit)
-    for path in args.also:
-        result.setdefault("environment", json.loads(path.read_text())["environment"])
-        join(result, path)
+    for other in args.also:
+        join(result, other)
     if args.also:
-        save(args, result)
+        save(args.out, result)
+    own, path = result, args.out  # what this process finds, and where it goes
+    if processes.several:
+        own = {"settings": fixed, "records": [], "lines": {}}
+        path = args.out.with_name(f"{args.out.stem}-process-{processes.number}.json")
     methods = args.method or list(available_methods())
+    done = {key(record) for record in result["records"]}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         if args.retime:
             runner.prepare()
             retime(runner, result["records"])
-            save(args, result)
+            save(args.out, result)
             continue
-        done = {(r["pipeline"], r["size"], r["method"]) for r in result["records"]}
-        left = [m for m in methods if (runner.name, runner.size, m) not in done]
+        place = runner.name, runner.size
+        left = processes.part([method for method in methods if (*place, method) not in done])
         if not left:
             continue
         runner.prepare()
-        place = f"{runner.name} {runner.size}"
-        if place not in result["lines"]:
-            result["lines"][place] = lines(runner)
+        if processes.first and " ".join(place) not in result["lines"]:
+            own["lines"][" ".join(place)] = lines(runner)
         for method in left:
-            result["records"] += run_method(runner, method, args.budgets, grid)
-            save(args, result)
+            own["records"] += run_method(runner, method, args.budgets, grid)
+            save(path, own)
+    processes.end()
+    if not processes.first:
+        return
+    take_in(args, result)
     if args.figure:
         draw(result, args.figure)
 

@@ -8,6 +8,10 @@ warm-up and forced blocks, with the noise floor (two dense kernels) and chance (
 `ablation`: token orders x block sizes at equal density, and at equal time of the sparse kernel on
 this GPU at the shape of Wan 1.3B 480p.
 
+With `accelerate launch --multi_gpu --num_processes N` before it the processes share the prompts;
+`seconds` are then of the slowest one, for its own prompts, and a random mask is that of a clip's
+place among them.
+
 What would mislead: one small model on drawn videos; PSNR is dominated by the first steps, which are
 dense in all rows; intervals are over prompts, not over models.
 """
@@ -38,6 +42,7 @@ from dit_sparse import (  # noqa: E402
 from dit_sparse.config import BLOCK_SIZES  # noqa: E402
 from dit_sparse.grid import TOKEN_ORDERS  # noqa: E402
 from dit_sparse.metrics import compare_clips  # noqa: E402
+from dit_sparse.processes import Processes  # noqa: E402
 
 WAN_1_3B = (12, 32760, 128)  # heads, tokens, head dim
 RESAMPLES = 10_000
@@ -47,11 +52,14 @@ PROMPT_SEED = 11  # not the prompts of the prompt check
 class Runner:
     """Generates all clips of a configuration in one batch and scores them against dense."""
 
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, processes=None):
+        self.args, self.processes = args, processes or Processes()
         self.pipe, arguments = open_boxed(args.pipeline, args.dtype)
         self.call = arguments.override(num_inference_steps=args.steps).call
-        prompts, _, _ = make_test_prompts(args.prompts, PROMPT_SEED)
+        self.all_prompts, _, _ = make_test_prompts(args.prompts, PROMPT_SEED)
+        if args.prompts < self.processes.count:
+            raise SystemExit(f"more processes than the {args.prompts} prompts: start fewer")
+        prompts = self.processes.part(self.all_prompts)
         self.prompts = [prompt for prompt in prompts for _ in range(args.seeds)]
         self.seeds = [index for _ in prompts for index in range(args.seeds)]
         self.rows = []
@@ -71,18 +79,31 @@ class Runner:
 
     def score(self, name, frames, seconds, **facts):
         metrics = [compare_clips(a, b) for a, b in zip(self.dense, frames)]
+        metrics = self.processes.of_all(metrics)
         psnr = [100.0 if m.identical else m.psnr for m in metrics]
         row = {
             "name": name,
             **interval("psnr", psnr, self.args.seeds),
             "ssim": sum(m.ssim for m in metrics) / len(metrics),
-            "seconds": seconds,
+            "seconds": max(self.processes.of_all([seconds])),
             **facts,
             "psnr_per_clip": psnr,
         }
         self.rows.append(row)
-        print({k: v for k, v in row.items() if k != "psnr_per_clip"}, flush=True)
+        if self.processes.first:
+            print({k: v for k, v in row.items() if k != "psnr_per_clip"}, flush=True)
         return row
+
+    def mean(self, figure):
+        """Of all clips, where `figure` is the mean of this process' own; None where it is."""
+        if figure is None:
+            return None
+        figures = self.processes.of_all([figure] * len(self.prompts))
+        return sum(figures) / len(figures)
+
+    def of_first(self, figures):
+        """What the first process found, for all to go on with the same."""
+        return self.processes.of_all([figures])[0]
 
     def sparse(self, name, config):
         with enable_sparse_attention(self.pipe, config, measure=self.args.measure) as handle:
@@ -94,9 +115,9 @@ class Runner:
             frames,
             seconds,
             config={"method": report.method, **report.config},
-            density=report.density,
-            effective_cost=report.effective_cost,
-            kept_mass=report.kept_mass,
+            density=self.mean(report.density),
+            effective_cost=self.mean(report.effective_cost),
+            kept_mass=self.mean(report.kept_mass),
         )
 
 
@@ -120,8 +141,9 @@ def at_cost(runner, name, config, cost):
         with enable_sparse_attention(runner.pipe, config, measure=False) as handle:
             runner.pipe(runner.prompts[0], output_type="latent", **runner.call)
             measured = handle.report()
-        slope = measured.effective_cost - (1 - sparse_share(measured))
-        wanted = config.density * (cost - (1 - sparse_share(measured))) / max(slope, 1e-6)
+        figures = measured.effective_cost, 1 - sparse_share(measured)
+        of_config, of_dense = runner.of_first(figures)
+        wanted = config.density * (cost - of_dense) / max(of_config - of_dense, 1e-6)
         config = type(config)(**{**config.to_dict(), "density": min(max(wanted, 0.01), 0.999)})
     return runner.sparse(name, config)
 
@@ -157,13 +179,14 @@ def ablation_part(runner):
     times = (
         {size: kernel_ms(size, 0.2) for size in BLOCK_SIZES} if torch.cuda.is_available() else {}
     )
+    times = runner.of_first(times)
     for order in TOKEN_ORDERS:
         for size in BLOCK_SIZES:
             runner.sparse(f"{order} {size}", AdaSpa(order=order, block_size=size))
     for order in TOKEN_ORDERS:
         for size in BLOCK_SIZES:
             if times and size != 64:
-                density = equal_time_density(size, times[64])
+                density = runner.of_first(equal_time_density(size, times[64]))
                 config = AdaSpa(order=order, block_size=size, density=density)
                 runner.sparse(f"{order} {size}, time of 64", config)
     return {"kernel_ms_at_density_0.2": times}
@@ -198,7 +221,7 @@ def equal_time_density(block_size, milliseconds):
     return min(max(0.1 + 0.2 * (milliseconds - low) / (high - low), 0.02), 0.6)
 
 
-def main():
+def main(arguments=None):
     add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
     add("--part", choices=("main", "ablation"), default="main")
     add("--pipeline", type=Path, default=ROOT / "samples/wan_tiny")
@@ -210,19 +233,22 @@ def main():
     add("--measure", action="store_true", help="sample the kept mass at every sparse step")
     add("--warm", action="store_true", help="run each row twice, so that seconds hold no compiling")
     add("--commit", help="where there is no git here")
-    args = parser.parse_args()
-    runner = Runner(args)
+    args = parser.parse_args(arguments)
+    runner = Runner(args, Processes.joined("cuda" if torch.cuda.is_available() else "cpu")[0])
     extra = {"main": main_part, "ablation": ablation_part}[args.part](runner)
     result = {
         "question": __doc__.split("\n")[0],
         "environment": environment(args.commit) | {"dtype": args.dtype},
         "call": runner.call,
-        "prompts": runner.prompts[:: args.seeds],
+        "prompts": runner.all_prompts,
         "seeds": list(range(args.seeds)),
         "dense_seconds": runner.dense_seconds,
         **extra,
         "rows": runner.rows,
     }
+    runner.processes.end()
+    if not runner.processes.first:
+        return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(extra))

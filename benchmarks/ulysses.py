@@ -2,16 +2,18 @@
 
     torchrun --nproc-per-node 2 benchmarks/ulysses.py --out benchmarks/results/ulysses_h100x2.json
     torchrun --nproc-per-node 2 benchmarks/ulysses.py --smoke --out x.json    # tiny, on the CPU
+    python benchmarks/ulysses.py --expect benchmarks/results/ulysses_h100x2.json    # of 4 and 8
 
 The forwards of step.py on one GPU (each process alone, at the same time), then on both by Ulysses.
 Outputs are compared first: with the same masks two GPUs must equal one within rounding. "exchange"
 is the time in all-to-all and gather, the wait for the slower GPU included; a row is that of the
-slower GPU. `predicted` is a model fitted to one and two GPUs, no measurement.
+slower GPU. What is expected of more GPUs is a model fitted to one and two, no measurement.
 
 What would mislead, beside what step.py says: dense attention runs through this library's hooks at
 density 1, on both sides, since diffusers cannot split HunyuanVideo by itself; and two layers of
 each kind stand for all, so that what happens once a step (patch embedding, the gather at its end)
-is counted once.
+is counted once. On one GPU AdaSpa's search ends in one kernel, on more in torch's operators.
+`measured_peak_bytes` is torch's: what NCCL allocates for itself is not in it.
 """
 
 import argparse
@@ -107,9 +109,14 @@ class OnGPUs(Benchmark):
         self.result["dense_backend"] = best[0]
         return best[0]
 
+    def free(self) -> None:
+        """Leave the GPU to the next model; what was found stays."""
+        self.transformer = self.loop = self.attentions = self.inputs = self.state = None
+        gc.collect()
+
 
 def differences(one: OnGPUs, more: OnGPUs) -> dict[str, float]:
-    """Of outputs at equal masks, in units of the norm; an error where it is more than rounding."""
+    """Of outputs at equal masks, in units of the norm."""
     found = {}
     density = one.args.densities[0]
     for kind, place in {
@@ -120,8 +127,6 @@ def differences(one: OnGPUs, more: OnGPUs) -> dict[str, float]:
     }.items():
         alone, together = (run.outputs[place].float() for run in (one, more))
         found[kind] = float((together - alone).norm() / alone.norm())
-        if not found[kind] <= TOLERANCE[one.dtype]:
-            sys.exit(f"{kind}: the output of {more.gpus} GPUs is off by {found[kind]:.3g}")
     return found
 
 
@@ -142,12 +147,38 @@ def predicted_row(one: dict, two: dict, gpus: int) -> dict[str, float]:
 SKIPPED = ("unpack_s", "exchange_s")  # unpacking is in the selection, too
 
 
-def predicted_seconds(one: list[dict], two: list[dict], steps: dict[str, int], gpus: int) -> float:
-    """Of a run of so many `steps` of each kind."""
-    rows = {row["kind"]: (row, other) for row, other in zip(one, two, strict=True)}
-    return sum(
-        number * sum(predicted_row(*rows[kind], gpus).values()) for kind, number in steps.items()
-    )
+def expected(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Seconds of 50 steps on one and two GPUs, measured, and on four and eight, by the model."""
+    measured = [{row["kind"]: row for row in result[f"on_{gpus}"]["rows"]} for gpus in (1, 2)]
+
+    def seconds(steps: dict[str, int], gpus: int) -> float:
+        if gpus <= 2:
+            return sum(n * measured[gpus - 1][kind]["seconds"] for kind, n in steps.items())
+        pairs = {kind: [rows[kind] for rows in measured] for kind in steps}
+        of_one = {kind: sum(predicted_row(*pair, gpus).values()) for kind, pair in pairs.items()}
+        return sum(n * of_one[kind] for kind, n in steps.items())
+
+    counts = (1, 2, 4, 8)
+    dense = {DENSE: step_benchmark.STEPS}
+    found = [{"what": DENSE, "cost": 1.0, "seconds": {n: seconds(dense, n) for n in counts}}]
+    for schedule in result["schedules"]:
+        what = f"density {schedule['density']:g}, search at {schedule['search_at']}"
+        of = {gpus: seconds(schedule["steps"], gpus) for gpus in counts}
+        found.append({"what": what, "cost": schedule["effective_cost"], "seconds": of})
+    return found
+
+
+def show_expected(path: Path) -> None:
+    """A table of a result file, for the documentation."""
+    result = json.loads(path.read_text())
+    if result["gpus"] != 2:
+        sys.exit(f"the model is fitted to one and two GPUs; {path} is of {result['gpus']}")
+    print("| 50 steps, seconds | cost | 1 GPU | 2 GPUs | 4, expected | 8, expected |")
+    print("|---|---|---|---|---|---|")
+    for row in expected(result):
+        seconds = row["seconds"]
+        cells = [f"{s:.4g} ({seconds[1] / s:.2f} x)" for s in seconds.values()]
+        print(f"| {row['what']} | {row['cost']:.2f} |", " | ".join(cells), "|")
 
 
 def summary(one: OnGPUs, more: OnGPUs) -> dict[str, Any]:
@@ -168,14 +199,6 @@ def summary(one: OnGPUs, more: OnGPUs) -> dict[str, Any]:
         found |= {name: {1: alone[name], more.gpus: together[name]} for name in times}
         found["speedup_by_gpus"] = alone["seconds_50"] / together["seconds_50"]
         found["speedup_over_dense"] = {1: alone["speedup"], more.gpus: together["speedup"]}
-        if more.gpus == 2:
-            found["predicted_seconds_50"] = {
-                gpus: predicted_seconds(*rows, alone["steps"], gpus) for gpus in (4, 8)
-            }
-            found["predicted_dense_seconds_50"] = {
-                gpus: predicted_seconds(*rows, {DENSE: step_benchmark.STEPS}, gpus)
-                for gpus in (4, 8)
-            }
         schedules.append(found)
     return {"kinds": kinds, "schedules": schedules}
 
@@ -183,13 +206,19 @@ def summary(one: OnGPUs, more: OnGPUs) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, required=True)
+    add("--out", type=Path, help="result file")
+    add("--expect", type=Path, metavar="FILE", help="only print what a result file lets expect")
     add("--commit", help="commit to record where there is no git")
     add("--density", default="0.2")
     add("--layers", nargs=2, default=["2", "2"], help="layers built of each list of blocks")
     add("--repeats", default="2")
     add("--smoke", action="store_true", help="tiny shapes, to try the script without GPUs")
     args = parser.parse_args(argv)
+    if args.expect:
+        show_expected(args.expect)
+        return
+    if not args.out:
+        parser.error("name the result file with --out")
     started_here = start(args.smoke)
     options = ["--model", "hunyuanvideo-720p", "--out", str(args.out), "--modes", "eager"]
     options += ["--densities", args.density, "--layers", *args.layers, "--repeats", args.repeats]
@@ -197,8 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     given = step_benchmark.options().parse_args(options)
     one = OnGPUs(given, 1)
     one.run()
-    one.transformer = None
-    gc.collect()
+    one.free()
     given.dense_backend = one.result["dense_backend"]
     more = OnGPUs(given, dist.get_world_size())
     more.run()
@@ -208,16 +236,25 @@ def main(argv: list[str] | None = None) -> None:
     result |= summary(one, more)
     for run in (one, more):
         result[f"on_{run.gpus}"] = {k: v for k, v in run.result.items() if k not in result}
+    if more.gpus == 2:
+        result["expected"] = expected(result)
     if dist.get_rank() == 0:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({k: result[k] for k in ("difference_to_one_gpu", "kinds", "schedules")}))
     if started_here:
         dist.destroy_process_group()
+    off = {
+        k: d for k, d in result["difference_to_one_gpu"].items() if not d <= TOLERANCE[one.dtype]
+    }
+    if off:
+        sys.exit(f"the output of {more.gpus} GPUs is not that of one: {off}")
 
 
 def start(on_cpu: bool) -> bool:
     """Join the other processes, unless that is done; True if it was done here."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        sys.exit("start this with torchrun --nproc-per-node 2, or more")
     if on_cpu:
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compare import Comparison
     from .loading import CallArguments
     from .method_spec import MethodSpec
+    from .processes import Records
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,14 +104,18 @@ def compare(
     """Dense against sparse, same prompts, seeds and noise: videos, sheets, a table, report.html."""
     with told(USAGE, debug):
         from .compare import Comparison
+        from .loading import choose_device
         from .method_spec import refuse_repeats
         from .metrics import Lpips
+        from .processes import Processes
 
         lpips = Lpips(lpips_weights, lpips_net)
         specs, seeds = parse_methods(method), seed or [0]
         refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
+        processes, device = Processes.joined(choose_device(device))
+        quiet = quiet or not processes.first
         pipe, arguments = open_pipeline(pipeline, device, dtype, changes, quiet)
         comparison = Comparison(
             pipe=pipe,
@@ -124,10 +129,13 @@ def compare(
             measure=measure,
             measure_floor=measure_floor,
             quiet=quiet,
+            processes=processes,
         )
         comparison.prepare()
     with told(FAILURE, debug, lambda: kept_by(comparison)):
         report = comparison.run()
+    if not processes.first:
+        return
     if as_json:
         print(json.dumps(report))
         return
@@ -201,15 +209,19 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Generate videos with sparse attention; `--method dense` leaves the pipeline alone."""
-    saved: list[dict[str, Any]] = []
     with told(USAGE, debug):
+        from .compare import dtype_of
         from .generation import check_call, enable, prepare_folder
+        from .loading import choose_device
         from .method_spec import DENSE, refuse_repeats
+        from .processes import Processes, Records
 
         specs, seeds = parse_methods(method, allow_dense=True), seed or [0]
         refuse_repeats(specs, seeds)
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
+        processes, device = Processes.joined(choose_device(device))
+        quiet = quiet or not processes.first
         pipe, arguments = open_pipeline(pipeline, device, dtype, changes, quiet)
         prompts = some_prompts(given, arguments, 1)
         check_call(pipe, arguments.call)
@@ -217,16 +229,20 @@ def generate(
             if spec.name != DENSE:
                 enable(pipe, spec).disable()
         folder = prepare_folder(out)
-    with told(FAILURE, debug, lambda: f"{len(saved)} finished videos are in {folder}."):
+        settings = {"pipeline": pipeline, "dtype": str(dtype_of(pipe)), "fps": arguments.fps}
+        records = Records(folder, processes, settings | {"call": arguments.call})
+    with told(FAILURE, debug, lambda: f"{len(records.here)} finished videos are in {folder}."):
         clips = [
             (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
             for p, text in enumerate(prompts)
             for s in seeds
             for spec in specs
         ]
-        generate_all(pipe, arguments, clips, folder, quiet, saved)
-    if as_json:
-        print(json.dumps(saved))
+        own = processes.part([clip for clip in clips if not records.find(*clip[:2])])
+        generate_all(pipe, arguments, own, folder, quiet, records)
+        processes.end()
+    if as_json and processes.first:
+        print(json.dumps([records.find(*clip[:2]) for clip in clips]))
 
 
 @app.command("calibrate")
@@ -621,9 +637,9 @@ def generate_all(
     clips: list[tuple[str, str, int, "MethodSpec"]],
     folder: Path,
     quiet: bool,
-    saved: list[dict[str, Any]],
+    records: "Records",
 ) -> None:
-    """Generate and save each clip (name, prompt, seed, method); what is done goes into `saved`."""
+    """Generate and save each clip (name, prompt, seed, method)."""
     from .generation import generate_clip
     from .progress import Steps
     from .video import write_gif, write_mp4
@@ -637,13 +653,16 @@ def generate_all(
         path = folder / f"{name}.mp4"
         write_mp4(path, clip.frames, arguments.fps)
         write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
-        saved.append({"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds})
+        record = {"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds}
+        records.add(name, record)
         progress.say(f"{path}: {clip.seconds:.1f} s")
         if clip.sparse is not None:
             progress.say(str(clip.sparse))
 
 
 def kept_by(comparison: "Comparison") -> str:
+    if comparison.processes.several:
+        return f"Finished videos are in {comparison.out}; the same command makes the rest."
     count = sum(len(comparison.report.get(part, ())) for part in ("dense", "runs"))
     if not count:
         return ""

@@ -3,7 +3,8 @@
 Writes into a folder: `videos/` (mp4 and gif), `frames/` (lossless WebP), `sheets/` (PNG),
 `traces/` (density and kept mass per branch, step, layer and head; block maps of the first clip),
 `report.json`, schema 1, and at the end `report.html`. report.json is written again after every
-clip, so that an interrupted comparison keeps all that it finished.
+clip, so that an interrupted comparison keeps all that it finished. Several processes share the
+prompts and seeds, keep a record of each clip in `records/`, and the first writes both at the end.
 """
 
 import copy
@@ -26,8 +27,10 @@ from .loading import CallArguments
 from .method_spec import MethodSpec, refuse_repeats
 from .metrics import ClipMetrics, Lpips, compare_clips
 from .page import write_page
+from .processes import Processes, Records
 from .progress import Steps
-from .video import write_frames, write_gif, write_mp4, write_sheet
+from .read_video import read_video
+from .video import whole_file, write_frames, write_gif, write_mp4, write_sheet
 
 SCHEMA = 1
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "torchmetrics")
@@ -59,6 +62,7 @@ class Comparison:
     measure: bool = True
     measure_floor: bool = False
     quiet: bool = False
+    processes: Processes = field(default_factory=Processes)
     report: dict[str, Any] = field(default_factory=dict, init=False)
 
     def prepare(self) -> None:
@@ -81,20 +85,45 @@ class Comparison:
             prepare_folder(self.out / folder)
 
     def run(self) -> dict[str, Any]:
-        """Generate everything and return the report, which is also in `out/report.json`."""
-        cells = [(p, s) for p in range(len(self.prompts)) for s in self.seeds]
-        extra = 3 if self.measure_floor and on_gpu(self.pipe) else 2 * self.measure_floor
-        self.steps = Steps(len(cells) * (1 + len(self.methods)) + extra, self.quiet)
+        """Generate everything and return the report, which is also in `out/report.json`.
+
+        With several processes each generates its part; the first returns the report of all.
+        """
+        self.cells = [(p, s) for p in range(len(self.prompts)) for s in self.seeds]
         self.report = self.header()
-        self.warm_up()
-        for number, (prompt, seed) in enumerate(cells):
-            dense = self.compare_cell(prompt, seed)
-            if number == 0 and self.measure_floor:
-                self.measure_floor_and_chance(dense)
-        self.report["complete"] = True
-        self.write()
-        write_page([self.out], self.out / "report.html")
+        same = {name: self.report[name] for name in ("pipeline", "metrics")}
+        same |= {"measure": self.measure, "dtype": self.report["environment"]["dtype"]}
+        self.records = Records(self.out, self.processes, same)
+        own = self.processes.part([cell for cell in self.cells if not self.finished(cell)])
+        floor = 3 if on_gpu(self.pipe) else 2
+        extra = floor * (self.measure_floor and self.cells[0] in own)
+        self.steps = Steps(len(own) * (1 + len(self.methods)) + extra, self.quiet)
+        if own:
+            self.warm_up()
+        for prompt, seed in own:
+            self.compare_cell(prompt, seed)
+        self.processes.end()
+        if self.processes.first:
+            self.report["complete"] = True
+            self.write()
+            write_page([self.out], self.out / "report.html")
         return self.report
+
+    def names(self, prompt: int, seed: int) -> list[str]:
+        """Of the clips of one prompt and seed: dense, then every method's."""
+        slugs = ["dense", *(method.slug for method in self.methods)]
+        return [f"p{prompt:02d}-s{seed}-{slug}" for slug in slugs]
+
+    def recorded(self, prompt: int, names: Sequence[str]) -> list[dict[str, Any]]:
+        found = [self.records.find(name, self.prompts[prompt]) for name in names]
+        return [record for record in found if record]
+
+    def finished(self, cell: tuple[int, int]) -> bool:
+        names = self.names(*cell) + ["floor"] * self.floor_after(cell)
+        return len(self.recorded(cell[0], names)) == len(names)
+
+    def floor_after(self, cell: tuple[int, int]) -> bool:
+        return self.measure_floor and cell == self.cells[0]
 
     def header(self) -> dict[str, Any]:
         return {
@@ -116,6 +145,11 @@ class Comparison:
         }
 
     def write(self) -> None:
+        names = [(prompt, self.names(prompt, seed)) for prompt, seed in self.cells]
+        self.report["dense"] = [r for p, (dense, *_) in names for r in self.recorded(p, [dense])]
+        self.report["runs"] = [r for p, (_, *runs) in names for r in self.recorded(p, runs)]
+        for floor in self.recorded(0, ["floor"] * self.measure_floor):
+            self.report |= {name: floor[name] for name in ("noise_floor", "chance")}
         write_json(self.out / "report.json", self.report)
 
     def warm_up(self) -> None:
@@ -138,38 +172,56 @@ class Comparison:
                 method,
                 self.measure,
                 tick,
-                maps=len(self.report["dense"]) == 1,  # of the first prompt and seed
+                maps=(prompt, seed) == self.cells[0],
             )
         self.steps.say(f"{label}: {clip.seconds:.1f} s, prompt {prompt}, seed {seed}")
         return clip
 
-    def compare_cell(self, prompt: int, seed: int) -> Clip:
+    def compare_cell(self, prompt: int, seed: int) -> None:
         """One prompt and seed: dense once, then every method."""
-        dense = self.generate(prompt, seed, None, "dense")
-        dense_id = f"p{prompt:02d}-s{seed}-dense"
-        self.report["dense"].append(
-            {
-                "id": dense_id,
-                "prompt": self.prompts[prompt],
-                "seed": seed,
-                "seconds": dense.seconds,
-                "peak_bytes": dense.peak_bytes,
-                **self.save_clip(dense_id, dense.frames),
-            }
-        )
-        self.write()
-        finished: list[tuple[str, np.ndarray]] = []
+        dense_id, *run_ids = self.names(prompt, seed)
+        exact = self.out / "records" / f"{dense_id}.npy"
+        dense = self.dense_frames(prompt, seed, dense_id, exact)
+        shown: list[tuple[str, np.ndarray]] = []
         sheet = f"sheets/p{prompt:02d}-s{seed}.png"
-        for method in self.methods:
+        for method, run_id in zip(self.methods, run_ids):
+            if earlier := self.recorded(prompt, [run_id]):
+                shown.append((method.text, read_video(self.out / earlier[0]["frames"]).frames))
+                continue
             clip = self.generate(prompt, seed, method, method.text)
             with self.steps.bar(f"metrics of {method.text}", len(clip.frames)) as tick:
-                metrics = compare_clips(dense.frames, clip.frames, self.lpips, tick)
-            self.report["runs"].append(self.run_record(prompt, seed, method, clip, metrics))
-            finished.append((method.text, clip.frames))
-            write_sheet(self.out / sheet, dense.frames, finished)
-            self.report["runs"][-1]["sheet"] = sheet
+                metrics = compare_clips(dense, clip.frames, self.lpips, tick)
+            record = self.run_record(prompt, seed, method, clip, metrics)
+            shown.append((method.text, clip.frames))
+            write_sheet(self.out / sheet, dense, shown)
+            self.keep(run_id, record | {"sheet": sheet})
+        if self.floor_after((prompt, seed)):
+            self.measure_floor_and_chance(dense)
+        exact.unlink(missing_ok=True)
+
+    def dense_frames(self, prompt: int, seed: int, name: str, exact: Path) -> np.ndarray:
+        """Generated, or what an interrupted run left in the file `exact`."""
+        if exact.is_file() and self.recorded(prompt, [name]):
+            return np.load(exact)
+        clip = self.generate(prompt, seed, None, "dense")
+        record = {
+            "id": name,
+            "prompt": self.prompts[prompt],
+            "seed": seed,
+            "seconds": clip.seconds,
+            "peak_bytes": clip.peak_bytes,
+            **self.save_clip(name, clip.frames),
+        }
+        if self.processes.several:
+            with whole_file(exact) as part:
+                np.save(part, clip.frames)
+        self.keep(name, record)
+        return clip.frames
+
+    def keep(self, name: str, record: dict[str, Any]) -> None:
+        self.records.add(name, record)
+        if not self.processes.several:
             self.write()
-        return dense
 
     def run_record(
         self, prompt: int, seed: int, method: MethodSpec, clip: Clip, metrics: ClipMetrics
@@ -208,19 +260,22 @@ class Comparison:
         write_frames(self.out / "frames" / name, frames)
         return {"video": f"videos/{name}.mp4", "frames": f"frames/{name}"}
 
-    def measure_floor_and_chance(self, dense: Clip) -> None:
+    def measure_floor_and_chance(self, dense: np.ndarray) -> None:
         """More dense runs of the first prompt: other numerics, and another seed."""
-        prompt, seed = 0, self.seeds[0]
+        prompt, seed = self.cells[0]
         kernels, first, second = self.floor_runs(prompt, seed, dense)
-        metrics = compare_clips(first, second, self.lpips).as_dict()
-        self.report["noise_floor"] = {**metrics, "kernels": kernels, "clips": 1}
+        floor = compare_clips(first, second, self.lpips).as_dict()
         clip = self.generate(prompt, seed + 1, None, "dense, another seed")
-        metrics = compare_clips(dense.frames, clip.frames, self.lpips).as_dict()
-        self.report["chance"] = {**metrics, "seeds": [seed, seed + 1], "clips": 1}
-        self.write()
+        chance = compare_clips(dense, clip.frames, self.lpips).as_dict()
+        record = {
+            "prompt": self.prompts[prompt],
+            "noise_floor": {**floor, "kernels": kernels, "clips": 1},
+            "chance": {**chance, "seeds": [seed, seed + 1], "clips": 1},
+        }
+        self.keep("floor", record)
 
     def floor_runs(
-        self, prompt: int, seed: int, dense: Clip
+        self, prompt: int, seed: int, dense: np.ndarray
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The same clip by two attention kernels (GPU), or in bfloat16 too (CPU)."""
         if on_gpu(self.pipe):
@@ -239,7 +294,7 @@ class Comparison:
             for name, model in originals.items():
                 setattr(self.pipe, name, model)
         dtype = str(dtype_of(self.pipe)).removeprefix("torch.")
-        return [dtype, "bfloat16"], dense.frames, second.frames
+        return [dtype, "bfloat16"], dense, second.frames
 
 
 def metrics_in_words(lpips: Lpips | None) -> dict[str, Any]:

@@ -53,9 +53,9 @@ class Twins:
 
     def change_size(self):
         given = arguments(self.family)
-        change = self.random.choice(({}, {"height": given["height"] // 2}, {"num_frames": 17}))
-        self.size = {name: value - value % 8 for name, value in change.items() if name == "height"}
-        self.size |= {name: value for name, value in change.items() if name != "height"}
+        half = given["height"] // 2
+        half -= half % 16  # what HunyuanVideo divides a side by
+        self.size = self.random.choice(({}, {"height": half}, {"num_frames": 17}))
 
     def raise_inside_a_step(self):
         """In a layer or in a callback, at a call by chance."""

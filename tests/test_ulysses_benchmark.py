@@ -32,15 +32,24 @@ def check(result):
             assert (row["search_s"] > 0) == row["kind"].startswith("search")
     first = result["schedules"][0]
     assert set(first["seconds_50"]) == {"1", "2"}
-    assert set(first["predicted_seconds_50"]) == {"4", "8"}
+    table = {row["what"]: row["seconds"] for row in result["expected"]}
+    assert table.pop("dense")["1"] == pytest.approx(first["dense_seconds_50"]["1"])
+    for schedule, seconds in zip(result["schedules"], table.values(), strict=True):
+        assert list(seconds) == ["1", "2", "4", "8"] and min(seconds.values()) > 0
+        for gpus in ("1", "2"):
+            assert seconds[gpus] == pytest.approx(schedule["seconds_50"][gpus])
     ratio = first["seconds_50"]["1"] / first["seconds_50"]["2"]
     assert first["speedup_by_gpus"] == pytest.approx(ratio)
     assert result["environment"]["commit"]
 
 
-def test_two_processes_equal_one_and_every_row_is_there(tmp_path):
+def test_two_processes_equal_one_and_every_row_is_there(tmp_path, capsys):
     on_two(tmp_path, run, tmp_path / "out.json")
-    check(json.loads((tmp_path / "out.json").read_text()))
+    result = json.loads((tmp_path / "out.json").read_text())
+    check(result)
+    benchmark.main(["--expect", str(tmp_path / "out.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + len(result["schedules"]) and lines[2].startswith("| dense | 1.00 |")
 
 
 @pytest.mark.slow
@@ -62,6 +71,8 @@ def test_the_model_of_more_gpus_gives_back_what_it_was_fitted_to():
     }
     four = benchmark.predicted_row(one, two, 4)
     assert four == {"attention_s": 2.0, "rest_s": 1.5, "exchange_s": 0.5 * 3 / 4}
-    assert benchmark.predicted_seconds([one], [two], {"dense": 10}, 4) == pytest.approx(38.75)
+    rows = {"on_1": {"rows": [one | {"seconds": 11.0}]}, "on_2": {"rows": [two | {"seconds": 6.5}]}}
+    (dense,) = benchmark.expected(rows | {"schedules": []})
+    assert dense["seconds"][2] == 50 * 6.5 and dense["seconds"][4] == pytest.approx(50 * 3.875)
     slower = two | {"rest_s": 3.5}  # nothing of it is shared
     assert benchmark.predicted_row(one, slower, 8)["rest_s"] == 3.0

@@ -1,5 +1,6 @@
 """Run a function in two processes that can talk to one another (gloo on the CPU)."""
 
+import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,12 @@ def on_two(folder: Path, function, *args) -> list:
     return [torch.load(folder / f"of_two_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+def as_launched(rank: int) -> None:
+    """Set what `accelerate launch` tells a process."""
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
 def _one(rank: int, folder: Path, function, args) -> None:
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # diffusers divides by it
@@ -28,5 +35,6 @@ def _one(rank: int, folder: Path, function, args) -> None:
     except BaseException:
         traceback.print_exc()
         raise
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # the function may have ended it
+        dist.barrier()
+        dist.destroy_process_group()
