@@ -217,7 +217,11 @@ def generate(
             if spec.name != DENSE:
                 enable(pipe, spec).disable()
         folder = prepare_folder(out)
-    with told(FAILURE, debug, lambda: f"{len(saved)} finished videos are in {folder}."):
+
+    def kept() -> str:
+        return f"{len(saved)} finished videos are in {folder}." if saved else ""
+
+    with told(FAILURE, debug, kept):
         clips = [
             (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
             for p, text in enumerate(prompts)
@@ -266,9 +270,12 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit`, distil the gates of `seerattention`, or find a preset."""
     if psnr is not None:
         with told(USAGE, debug):
+            from .config import positive
+
             only_auto = method, density, order, weight, epsilon, updates
             if only_auto != ("sparse-vdit", None, None, None, None, None):
                 raise ValueError("--psnr tries settings of auto: leave the options of methods out")
+            positive("--psnr", psnr)
             given = read_prompts(prompt, prompt_file)
             changes = call_changes(steps, guidance, height, width, frames)
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
