@@ -26,6 +26,41 @@ def test_a_box_loads_by_its_name_and_its_own_class(name, cls, steps):
     assert arguments.call["num_inference_steps"] == steps and arguments.prompts
 
 
+TABLES = "wan_tiny", "cogvideox_tiny"
+
+
+@pytest.mark.parametrize("name, other", [TABLES, TABLES[::-1]])
+def test_sparse_vdit_finds_the_modes_of_a_box_and_refuses_those_of_another(name, other):
+    pipe = load_pipeline(name, "cpu", torch.float32)
+    arguments = call_arguments(pipe, name)
+    table = enable_sparse_attention(pipe, "sparse-vdit").config.load()
+    assert table.num_steps == arguments.call["num_inference_steps"]
+    with pytest.raises(ValueError, match="another model|of a .*Transformer3DModel"):
+        enable_sparse_attention(
+            pipe, "sparse-vdit", table=boxed_pipeline(other) / "sparse_vdit.json"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_sparse_vdit_runs_on_a_box_at_its_own_size(name):
+    """Nearer to dense than random blocks of the same density."""
+    pipe, arguments = open_boxed(name, "float32")
+    call = arguments.call | {"num_inference_steps": 3, "output_type": "latent"}
+
+    def latents():
+        return pipe(arguments.prompts[0], generator=torch.Generator().manual_seed(0), **call).frames
+
+    dense = latents()
+    with enable_sparse_attention(pipe, "sparse-vdit") as handle:
+        found = latents()
+        density = handle.report().effective_cost
+    assert 0.05 < density < 0.9
+    with enable_sparse_attention(pipe, "random", density=density, search_at=(0.0,)):
+        other = latents()
+    assert (found - dense).square().mean() < (other - dense).square().mean()
+
+
 @pytest.mark.parametrize("name", BOXES)
 def test_full_density_is_dense_and_low_density_is_near(name):
     pipe, arguments = open_boxed(name, "bfloat16")

@@ -202,6 +202,7 @@ def test_out_of_memory_is_known_on_cpu_too():
     assert failure.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
+@pytest.mark.slow  # test_a_failure_in_the_run_tells_what_was_kept raises the same without a process
 def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     """A real signal to a real process, after its first video."""
     command = [sys.executable, "-m", "dit_sparse", "generate", "-p", str(tiny_folder())]
