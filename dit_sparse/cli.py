@@ -34,7 +34,10 @@ app = typer.Typer(
 Pipeline = Annotated[
     str | None,
     typer.Option(
-        "--pipeline", "-p", help="Folder or hub id; without it the small one that comes along."
+        "--pipeline",
+        "-p",
+        help="Folder, hub id, or a small one that comes along: wan_tiny (without it), "
+        "hunyuan_video_tiny, cogvideox_tiny, wan_tiny_lora.",
     ),
 ]
 Methods = Annotated[
@@ -46,7 +49,10 @@ Methods = Annotated[
         "A NAME that ends in .py is a file with a rule of your own, in .json a preset.",
     ),
 ]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="What to show; the small ones bring some. Repeatable."),
+]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; without it 0.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
@@ -246,7 +252,9 @@ def calibrate_modes(
     frames: Frames = None,
     method: Annotated[str, typer.Option(help="sparse-vdit or seerattention.")] = "sparse-vdit",
     density: Annotated[float | None, typer.Option(help="Of the sparse modes, 0.2.")] = None,
-    order: Annotated[str | None, typer.Option(help="Token order.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Of tokens: curve, tile, patch or raster.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
     weight: Annotated[
         float | None, typer.Option(help="Of density against error (lambda), 0.5.")
@@ -259,7 +267,10 @@ def calibrate_modes(
         float | None,
         typer.Option(help="In dB: find the cheapest auto that is so near to dense, a preset."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file; without it one named for what it holds."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
