@@ -74,8 +74,8 @@ def enable_sparse_attention(
 
     Raises:
         UnsupportedPipelineError: nothing in `pipe` is supported.
-        ValueError: an unknown method, an argument or option with a value that is not allowed, or
-            a forced engine on a machine where it cannot run.
+        ValueError: an unknown method, an argument or option with a value that is not allowed, a
+            file that is missing or of another model, or a forced engine that cannot run here.
         TypeError: an option that the method does not have.
         RuntimeError: the transformer is compiled, has FasterCache, or is shared by several GPUs
             otherwise than by Ulysses.
@@ -88,6 +88,7 @@ def enable_sparse_attention(
     if config.engine != "auto":
         refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers(pipe)
+    config = config.for_model(transformers[0][0])
     if os.environ.get("DIT_SPARSE") == "0":
         logger.warning("DIT_SPARSE=0 in the environment: attention stays dense")
         return SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)

@@ -113,6 +113,7 @@ def calibrate(pipe: Any, run: Callable[[], Any], search: ModeSearch, prompts: in
             " and generate all steps"
         ) from missing
     return ModeTable(
+        transformer=type(getattr(pipe, "transformer", pipe)).__name__,
         layers=layers,
         heads=len(next(iter(search.chosen.values()))),
         grid=(grid.frames, grid.height, grid.width),

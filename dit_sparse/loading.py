@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,6 +163,9 @@ def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:
         for library in (diffusers, transformers):
             show = library.utils.logging
             (show.disable_progress_bar if quiet else show.enable_progress_bar)()
+        # A VAE that keeps every frame makes WanPipeline say so at every call, whatever is asked.
+        wan = logging.getLogger("diffusers.pipelines.wan.pipeline_wan")
+        wan.addFilter(says_something)
         renamed = Version(diffusers.__version__) >= Version("0.42.1")
         kwargs = {"dtype" if renamed else "torch_dtype": dtype}
         return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
@@ -177,6 +181,10 @@ def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:
             f"no pipeline {str(source)!r}: there is no such folder, and the hub did not give it. "
             "Check the name and the network"
         ) from error
+
+
+def says_something(record: logging.LogRecord) -> bool:
+    return "has to be divisible by 1." not in record.getMessage()
 
 
 def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:

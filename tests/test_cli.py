@@ -128,6 +128,8 @@ def test_bad_numbers_are_refused(tmp_path):
     base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
     assert "num_inference_steps" in refused(2, *base, "--steps", 0)
     assert "height" in refused(2, *base, "--height", -64)
+    assert "divisible by 16 but are 33" in refused(2, *base, "--height", 33)
+    assert "--psnr must be a number above 0" in refused(2, "calibrate", "--psnr", "nan")
     assert "2 is given more than once" in refused(2, *base, "--seed", 2, "--seed", 2)
     assert "given twice" in refused(2, *base, "-m", SMALL, "-m", SMALL)
     assert "--dtype" in refused(2, *base, "--dtype", "int8")
@@ -200,6 +202,7 @@ def test_out_of_memory_is_known_on_cpu_too():
     assert failure.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
+@pytest.mark.slow  # test_a_failure_in_the_run_tells_what_was_kept raises the same without a process
 def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     """A real signal to a real process, after its first video."""
     command = [sys.executable, "-m", "dit_sparse", "generate", "-p", str(tiny_folder())]

@@ -53,7 +53,8 @@ def build(tmp_path):
         if method is not SparseVDiT:
             return method(**options)
         shape = grid.frames, grid.height, grid.width
-        table = ModeTable(1, 2, shape, 1, options["density"], "raster", BLOCK, 0.5, 0.25, 1,
+        place = "WanTransformer3DModel", 1, 2, shape, 1
+        table = ModeTable(*place, options["density"], "raster", BLOCK, 0.5, 0.25, 1,
                           {branch: [[modes]] for branch in ("cond", "cond_uncond")})  # fmt: skip
         table.save(tmp_path / "modes.json")
         return SparseVDiT(table=str(tmp_path / "modes.json"), **options)

@@ -97,7 +97,7 @@ def test_options_of_a_preset_are_checked(tmp_path):
 
 def test_the_command_saves_a_preset_or_says_why_not(tmp_path):
     def invoke(*arguments):
-        size = "--steps 6 --height 128 --width 128 --frames 17 --device cpu --prompt cat".split()
+        size = "--steps 6 --height 96 --width 96 --frames 17 --device cpu --prompt cat".split()
         words = ["calibrate", "--pipeline", tiny_folder(), *size, *arguments]
         return CliRunner().invoke(app, [str(word) for word in words])
 

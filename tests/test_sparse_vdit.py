@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
 from test_wan import generate, leftovers
-from tiny import tiny_folder, tiny_wan
+from tiny import save_tiny_wan, tiny_folder, tiny_wan
 from tiny_joint import PIPELINES
 from typer.testing import CliRunner
 
@@ -111,6 +112,9 @@ def test_another_model_size_or_branch_is_refused(tmp_path):
         generate(pipe, size=64, guidance=1.0)
     with pytest.raises(ValueError, match="guidance"):
         generate(pipe)
+    for other in (PIPELINES["HunyuanVideo"][0](), PIPELINES["CogVideoX"][0]()):
+        with pytest.raises(ValueError, match="of a WanTransformer3DModel, this model is a"):
+            enable(other, table)
     changed = json.loads((tmp_path / "table.json").read_text())
     for field, rows in (("layers", lambda s: s * 2), ("heads", lambda s: [r * 2 for r in s])):
         other = changed | {field: changed[field] * 2}
@@ -124,7 +128,7 @@ def test_another_model_size_or_branch_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2},
+        {"schema": 1},
         {"kind": "pickle"},
         {"modes": {}},
         {"modes": {"cond": [["01"]]}},
@@ -148,10 +152,32 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
     with pytest.raises(ValueError, match="density=0.5, got 0.2"):
         SparseVDiT(table=table, block_size=32)
     assert SparseVDiT(table=Path(table), density=0.5, block_size=32).table == table
-    with pytest.raises(ValueError, match="needs table="):
-        SparseVDiT()
+    for given in ({}, {"table": ""}):
+        with pytest.raises(ValueError, match="needs table=.*no sparse_vdit.json lies beside"):
+            enable_sparse_attention(tiny, "sparse-vdit", **given)
+    with pytest.raises(ValueError, match="name of a file"):
+        SparseVDiT(table=3)
     with pytest.raises(ValueError, match="no mode table at"):
         SparseVDiT(table=str(tmp_path / "missing.json"))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+def test_a_table_in_the_models_folder_needs_no_naming(tmp_path, monkeypatch, whole):
+    """In the folder alone: not in the current one, nor beside a folder of weights."""
+    folder = save_tiny_wan(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    pipe = WanPipeline.from_pretrained(folder)
+    bare = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    model = pipe if whole else bare
+    table = Path(made(pipe, tmp_path, lambda: generate(pipe, steps=2)))
+    table.rename(tmp_path / "sparse_vdit.json")
+    with pytest.raises(ValueError, match="no sparse_vdit.json lies beside this model"):
+        enable(model, "")
+    (tmp_path / "sparse_vdit.json").rename(folder / "sparse_vdit.json")
+    with enable(model, "") as handle:
+        assert handle.config.table == str(folder / "sparse_vdit.json")
+    with pytest.raises(ValueError, match="searched with density=0.5, got 0.2"):
+        enable(model, "", density=0.2)
 
 
 def test_what_is_planned_for_a_batch_is_what_is_kept(tmp_path):

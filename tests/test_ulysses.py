@@ -126,7 +126,8 @@ def options_of(method, tmp_path):
     if method == "sparse-vdit":
         rows = [["0134", "4213"]] * 4
         modes = {branch: rows for branch in ("cond", "uncond")}
-        table = ModeTable(2, 4, (4, 6, 10), 4, 0.4, "raster", 32, 0.5, 0.25, 1, modes)
+        place = "WanTransformer3DModel", 2, 4, (4, 6, 10), 4
+        table = ModeTable(*place, 0.4, "raster", 32, 0.5, 0.25, 1, modes)
         table.save(tmp_path / "table.json")
         more = {"table": str(tmp_path / "table.json")}
     return SPARSE | {"method": method} | more

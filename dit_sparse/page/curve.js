@@ -41,14 +41,7 @@ function drawCurve() {
   curve = { x, y, width };
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.replaceChildren(
-    ...scale.values.flatMap((value) => [
-      draw("path", { class: "grid", d: `M0 ${y(value)}H${width}` }),
-      draw(
-        "text",
-        { class: "tick", x: 0, y: y(value) - 3 },
-        `${value.toFixed(scale.digits)}${value === scale.values.at(-1) ? " dB" : ""}`,
-      ),
-    ]),
+    ...scale.values.map((value) => draw("path", { class: "grid", d: `M0 ${y(value)}H${width}` })),
     ...marks.flatMap((mark) => [
       draw("path", { class: "bound", d: `M0 ${y(mark.value)}H${width}` }),
       draw(
@@ -59,6 +52,11 @@ function drawCurve() {
     ]),
     ...frameTicks(x, height),
     ...runs.flatMap((run) => line(run, x, y)),
+    ...scale.values.map((value) => {
+      const unit = value === scale.values.at(-1) ? " dB" : "";
+      const text = `${value.toFixed(scale.digits)}${unit}`;
+      return draw("text", { class: "tick", x: 0, y: y(value) - 3 }, text);
+    }),
     draw("path", { id: "cursor", class: "cursor", d: "" }),
     draw("g", { id: "dots" }),
   );

@@ -137,12 +137,19 @@ function frontier(points, lowIsGood) {
   return points.filter((p) => !beaten(p)).sort((p, q) => p.x - q.x);
 }
 
+// To the right of a point, unless there is no room or another point, and the left is free.
 function pointLabels(points, { x, y, width }) {
   let last = -Infinity;
   const ordered = [...points].sort((p, q) => y(p.y) - y(q.y));
   return ordered.map((p) => {
     last = Math.max(y(p.y) + 4, last + 15);
-    const leftward = x(p.x) > width * 0.7;
+    const room = 12 + 7 * whose(p).length;
+    const covers = (side) =>
+      points.some((q) => {
+        const beyond = side * (x(q.x) - x(p.x));
+        return q !== p && Math.abs(y(q.y) + 4 - last) < 12 && beyond > 0 && beyond < room + 6;
+      });
+    const leftward = x(p.x) + room > width || (covers(1) && !covers(-1));
     return draw(
       "text",
       { class: leftward ? "name end" : "name", x: x(p.x) + (leftward ? -12 : 12), y: last },

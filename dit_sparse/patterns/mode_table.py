@@ -8,9 +8,11 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "sparse-vdit mode table"
+FILE = "sparse_vdit.json"  # beside a model's model_index.json it needs no naming
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class ModeTable:
     """Modes and what they were searched on.
 
     Attributes:
-        layers, heads: of the transformers that run sparse.
+        transformer: class of those that run sparse. layers, heads: of each.
         grid: frames, height and width of the video in tokens.
         density, order, block_size: of the sparse modes.
         weight, epsilon: of the search (lambda and epsilon in the paper).
@@ -26,6 +28,7 @@ class ModeTable:
         modes: for each branch and step, a string of digits for each layer.
     """
 
+    transformer: str
     layers: int
     heads: int
     grid: tuple[int, int, int]
@@ -47,7 +50,14 @@ class ModeTable:
             )
         return [int(mode) for mode in self.modes[branch][step * self.num_steps // num_steps][layer]]
 
-    def refuse_other_model(self, layers: int, heads: int, grid: tuple[int, int, int]) -> None:
+    def refuse_other_class(self, transformer: Any) -> None:
+        if (given := type(transformer).__name__) != self.transformer:
+            raise ValueError(
+                f"the mode table is of a {self.transformer}, this model is a {given}; make one with"
+                " `dit-sparse calibrate`"
+            )
+
+    def refuse_other_size(self, layers: int, heads: int, grid: tuple[int, int, int]) -> None:
         for name, mine, given in (
             ("layers", self.layers, layers),
             ("heads", self.heads, heads),
@@ -62,6 +72,17 @@ class ModeTable:
     def save(self, path: str | Path) -> None:
         text = json.dumps({"kind": KIND, "schema": SCHEMA, **asdict(self)}, indent=0)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def table_beside(transformer: Any) -> Path | None:
+    """The table in the pipeline's folder that a transformer was loaded from, if there is one."""
+    loaded_from = transformer.config.get("_name_or_path")
+    if not loaded_from:
+        return None
+    folder = Path(loaded_from)  # of the pipeline, or of the transformer in it
+    folder = folder if (folder / "model_index.json").is_file() else folder.parent
+    found = (folder / "model_index.json").is_file() and (folder / FILE).is_file()
+    return folder / FILE if found else None
 
 
 def load_mode_table(path: str | Path, modes: int) -> ModeTable:

@@ -20,17 +20,17 @@ Departures, and where the paper is silent:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..config import SparseConfig
 from ..grid import VideoGrid
-from .mode_table import ModeTable, load_mode_table
+from .mode_table import FILE, ModeTable, load_mode_table, table_beside
 from .score import nearness
 from .search import Found, Search
 from .select import blocks_of, forced_blocks, top_k_rows
@@ -44,7 +44,8 @@ class SparseVDiT(SparseConfig):
     """One of five fixed modes for each head, layer and step, from an offline search.
 
     Args:
-        table: JSON file that `dit-sparse calibrate` wrote, for this model and size.
+        table: JSON file that `dit-sparse calibrate` wrote, for this model and size; without it
+            sparse_vdit.json in the model's folder.
     """
 
     search_at: tuple[float, ...] = (0.0,)
@@ -60,11 +61,10 @@ class SparseVDiT(SparseConfig):
         super().__post_init__()
         if isinstance(self.table, Path):
             object.__setattr__(self, "table", str(self.table))
-        if not self.table or not isinstance(self.table, str):
-            raise ValueError(
-                f"sparse-vdit needs table=FILE, the modes of each head, got {self.table!r}: make"
-                " one for your model with `dit-sparse calibrate`"
-            )
+        if not isinstance(self.table, str):
+            raise ValueError(f"table is the name of a file, got {self.table!r}")
+        if not self.table:
+            return  # until the model is known
         table = self.load()
         for name in ("density", "order", "block_size"):
             if getattr(self, name) != getattr(table, name) and self.density != 1:
@@ -76,14 +76,23 @@ class SparseVDiT(SparseConfig):
     def load(self) -> ModeTable:
         return load_mode_table(self.table, len(MODES))
 
+    def for_model(self, transformer: Any) -> Self:
+        table = self.table or table_beside(transformer)
+        if table is None:
+            raise ValueError(
+                f"sparse-vdit needs table=FILE, the modes of each head: no {FILE} lies beside this"
+                " model; make one with `dit-sparse calibrate`"
+            )
+        config = replace(self, table=str(table))
+        config.load().refuse_other_class(transformer)
+        return config
+
     def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         return super().cache_bytes((1, *shape[1:]), itemsize)
 
     def find(self, search: Search) -> Found:
         table, grid = self.load(), search.grid
-        table.refuse_other_model(
-            search.layers, search.heads, (grid.frames, grid.height, grid.width)
-        )
+        table.refuse_other_size(search.layers, search.heads, (grid.frames, grid.height, grid.width))
         modes = table.at(search.branch, search.step, search.num_steps, search.layer)
         place = self.order, self.block_size, self.density, self.own_block, search.query.device
         return Found(mode_masks(grid, *place)[modes[search.own_heads]].unsqueeze(0))

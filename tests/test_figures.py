@@ -1,0 +1,147 @@
+"""Figures of README.md and docs/ are those of benchmarks/results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMBER = r"[0-9.]+"
+BOXES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny"
+SHAPES = {"Wan 1.3B 480p": "wan-1.3b", "HunyuanVideo 720p": "hunyuanvideo-720p"}
+SHAPES |= {"CogVideoX-5B": "cogvideox-5b"}
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def text(page):
+    return " ".join((ROOT / page).read_text().split())
+
+
+def tables(page):
+    """Rows of cells, without bold and code marks, of each table of a page."""
+    blocks = re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE)
+    lines = [re.sub(r"[*`]", "", block).splitlines() for block in blocks]
+    return [[[c.strip() for c in row.strip("|").split("|")] for row in block] for block in lines]
+
+
+def table(page, *heads):
+    """The rows, by their first cell, of the one table whose head begins with these cells."""
+    (found,) = (t for t in tables(page) if t[0][: len(heads)] == list(heads))
+    return {row[0]: row[1:] for row in found[2:]}
+
+
+def are(told, *values):
+    """Whether numbers as they stand in a text are these, rounded."""
+    digits = [len(number.partition(".")[2]) for number in told]
+    return told == [f"{value:.{count}f}" for value, count in zip(values, digits, strict=True)]
+
+
+def test_readme_pareto():
+    found = result("pareto_wan_tiny")
+    budgets = "0.15", "0.25", "0.35", "0.5", "0.7"
+    rows = table("README.md", "effective cost at most", *budgets)
+    for method in ("adaspa", "auto"):
+        best = {
+            str(budget): f"{record['psnr']:.1f}"
+            for record in found["records"]
+            if record["method"] == method
+            for budget in record.get("budgets", ())
+        }
+        assert rows[f"{method}, dB"] == [best[budget] for budget in budgets]
+    (lines,) = found["lines"].values()
+    floor, chance = lines["noise_floor"]["psnr"], lines["chance"]["psnr"]
+    assert f"kernel gives {floor:.1f} dB, another seed {chance:.1f}" in text("README.md")
+
+
+def test_time_of_auto_on_the_small_wan():
+    auto = [r for r in result("pareto_wan_tiny")["records"] if r["method"] == "auto"]
+    times, costs = ([r[f"effective_{of}"] for r in auto] for of in ("time", "cost"))
+    told = f"takes {min(times):.2f} to {max(times):.2f} of dense attention's time"
+    assert f"{told} at costs of {min(costs):.2f} to {max(costs):.2f}" in text("docs/performance.md")
+    saved = f"`auto` saves {1 - max(times):.0%} to {1 - min(times):.0%}".replace("%", "", 1)
+    assert saved in text("docs/choosing.md")
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_readme_quality(box):
+    def told(values):
+        low, high = values["psnr_ci95"]
+        return f"{values['psnr']:.1f} ({low:.1f} to {high:.1f})"
+
+    found = result(f"quality_{box}")
+    (adaspa,) = (row for row in found["rows"] if row["name"] == "adaspa")
+    floors = [found["paired"][f"adaspa minus {name}"] for name in ("window", "random")]
+    expected = [f"{adaspa['effective_cost']:.2f}", told(adaspa), *map(told, floors)]
+    assert table("README.md", "", "cost", "PSNR, dB")[box] == expected
+
+
+def test_token_orders_and_block_sizes():
+    found = {row["name"]: f"{row['psnr']:.1f}" for row in result("ablation_order_block")["rows"]}
+    names = "32", "64", "128", "32, time of 64", "128, time of 64"
+    rows = table("docs/performance.md", "order", "block 32")
+    assert [order.split()[0] for order in rows] == ["raster", "patch", "tile", "curve"]
+    for order, cells in rows.items():
+        assert cells == [found[f"{order.split()[0]} {name}"] for name in names]
+
+
+def test_kernels():
+    rows, gains = table("docs/performance.md", "shape", "cuDNN dense"), []
+    for name, cells in rows.items():
+        ms = {
+            (record["engine"], record.get("block", [0])[0]): record["ms"]
+            for record in result("kernels_h100")["records"]
+            if record["shape"] == SHAPES[name.split(":")[0]] and record.get("mask") != "random"
+        }
+        cudnn, fa4, ours, peer, large, large_peer = cells
+        assert are([cudnn, fa4], ms["sdpa-cudnn", 0], ms["fa4-dense", 0])
+        assert are([ours, peer], ms["triton (64, 64, 4, 2, gluon)", 64], ms["fa4", 64])
+        assert are([large_peer], ms["fa4", 128])
+        tiles = [x for (engine, block), x in ms.items() if block == 128 and "triton" in engine]
+        assert any(are([large], x) for x in tiles)
+        gains.append(min(float(cudnn), float(fa4)) / float(ours))
+    told = f"{min(gains):.1f} to {max(gains):.1f} times as fast"
+    assert told in text("README.md") and told in text("docs/performance.md")
+
+
+STEPS = {
+    ("0.40", "0.32", "0.24"): {
+        "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True, 0.2),
+        "Wan 1.3B 480p, eager": ("step_wan-1.3b_h100", False, 0.2),
+        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_h100", False, 0.2),
+    },
+    ("0.37", "0.29", "0.21"): {
+        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_sampled_h100", False, 0.2),
+    },
+    ("0.35", "0.26", "0.29"): {
+        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_auto_h100", False, 0.1),
+        "Wan 1.3B 480p, eager": ("step_wan-1.3b_auto_h100", False, 0.1),
+    },
+}
+
+
+@pytest.mark.parametrize("costs", STEPS)
+def test_whole_videos(costs):
+    rows = table("docs/performance.md", "model", "dense", f"at effective cost {costs[0]}")
+    assert list(rows) == list(STEPS[costs])
+    for model, (name, compiled, density) in STEPS[costs].items():
+        found = [
+            s
+            for s in result(name)["schedules"]
+            if s["compiled"] == compiled and s["density"] == density
+        ][: len(costs)]
+        assert are(list(costs), *(schedule["effective_cost"] for schedule in found))
+        assert are(re.findall(NUMBER, rows[model][0]), found[0]["dense_seconds_50"])
+        for cell, schedule in zip(rows[model][1:], found, strict=True):
+            assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+
+
+@pytest.mark.parametrize("box", [*BOXES, "wan_tiny_lora"])
+def test_what_the_boxes_follow(box):
+    found = result(f"prompt_check_{box}")["accuracy"].values()
+    rows = table("samples/TRAINING.md", "", "updates")
+    told = next(cells for name, cells in rows.items() if name.split(",")[0] == box)
+    assert told[2:5] == [f"{share:.0%}" for share in found]
