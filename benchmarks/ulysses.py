@@ -1,7 +1,7 @@
 """What do two GPUs save of a HunyuanVideo 720p denoising step, dense and sparse?
 
     torchrun --nproc-per-node 2 benchmarks/ulysses.py --out benchmarks/results/ulysses_h100x2.json
-    torchrun --nproc-per-node 2 benchmarks/ulysses.py --smoke --out x.json    # tiny, on the CPU
+    torchrun --nproc-per-node 2 benchmarks/ulysses.py --smoke --out x.json    # tiny, on a CPU too
     python benchmarks/ulysses.py --expect benchmarks/results/ulysses_h100x2.json    # of 4 and 8
 
 The forwards of step.py on one GPU (each process alone, at the same time), then on both by Ulysses.
@@ -212,14 +212,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--density", default="0.2")
     add("--layers", nargs=2, default=["2", "2"], help="layers built of each list of blocks")
     add("--repeats", default="2")
-    add("--smoke", action="store_true", help="tiny shapes, to try the script without GPUs")
+    add("--smoke", action="store_true", help="tiny shapes, to try the script, without GPUs too")
     args = parser.parse_args(argv)
     if args.expect:
         show_expected(args.expect)
         return
     if not args.out:
         parser.error("name the result file with --out")
-    started_here = start(args.smoke)
+    if not args.smoke and not torch.cuda.is_available():
+        sys.exit("no GPU here: try the script with --smoke")
+    started_here = start()
     options = ["--model", "hunyuanvideo-720p", "--out", str(args.out), "--modes", "eager"]
     options += ["--densities", args.density, "--layers", *args.layers, "--repeats", args.repeats]
     options += ["--tiny", "--block-size", "32"] if args.smoke else []
@@ -251,17 +253,18 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"the output of {more.gpus} GPUs is not that of one: {off}")
 
 
-def start(on_cpu: bool) -> bool:
+def start() -> bool:
     """Join the other processes, unless that is done; True if it was done here."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         sys.exit("start this with torchrun --nproc-per-node 2, or more")
-    if on_cpu:
-        torch.accelerator.device_count = lambda: 1  # diffusers divides by it
-    else:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     if dist.is_initialized():
         return False
-    dist.init_process_group("gloo" if on_cpu else "nccl")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     return True
 
 

@@ -30,7 +30,7 @@ class Processes:
             device: "cpu", "cuda" or a numbered GPU.
 
         Raises:
-            ValueError: a numbered GPU for several processes.
+            ValueError: a numbered GPU for several processes, or fewer GPUs than processes.
         """
         count = int(os.environ.get("WORLD_SIZE", 1))
         if count == 1:
@@ -39,6 +39,12 @@ class Processes:
             raise ValueError(
                 f"--device {device} is one GPU, and each of the {count} processes takes one of its"
                 " own: leave --device out"
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        if device != "cpu" and here > torch.cuda.device_count():
+            raise ValueError(
+                f"{here} processes were started, and there are {torch.cuda.device_count()} GPUs:"
+                " start one for each"
             )
         from accelerate import PartialState
 

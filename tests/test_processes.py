@@ -123,10 +123,13 @@ def test_a_record_counts_for_the_same_prompt_and_settings_only(tmp_path):
     assert again(Processes(), {"steps": 3}).find("p00-s0", "a") is None
 
 
-def test_one_numbered_gpu_for_several_processes_is_refused(monkeypatch):
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="leave --device out"):
         Processes.joined("cuda:1")
+    with pytest.raises(ValueError, match="2 processes were started, and there are 1 GPUs"):
+        Processes.joined("cuda")
 
 
 def launch(command, *options):
@@ -138,7 +141,11 @@ def launch(command, *options):
     return subprocess.Popen(options, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
+TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU for two processes")
+
+
 @pytest.mark.slow
+@TWO_DEVICES
 def test_by_accelerate_launch_and_a_worker_killed(tmp_path):
     options = ["-o", tmp_path, *(f"--seed={seed}" for seed in range(16))]
     process = launch("generate", *options)
@@ -162,6 +169,7 @@ def test_by_accelerate_launch_and_a_worker_killed(tmp_path):
 
 
 @pytest.mark.slow
+@TWO_DEVICES
 def test_compare_by_accelerate_launch(tmp_path):
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
     process = launch("compare", "-o", tmp_path, *prompts)

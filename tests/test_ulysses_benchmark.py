@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from two_processes import on_two
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -23,7 +24,8 @@ def run(rank, out):
 def check(result):
     assert set(result["kinds"]) == KINDS and result["gpus"] == 2
     assert set(result["difference_to_one_gpu"]) == {"dense", "search", "reuse", "search again"}
-    assert max(result["difference_to_one_gpu"].values()) < 1e-5
+    rounding = 2e-2 if result["environment"]["gpu"] else 1e-5  # bfloat16, float32
+    assert max(result["difference_to_one_gpu"].values()) < rounding
     for gpus in (1, 2):
         rows = result[f"on_{gpus}"]["rows"]
         assert {row["kind"] for row in rows} == KINDS
@@ -53,6 +55,7 @@ def test_two_processes_equal_one_and_every_row_is_there(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU for two processes")
 def test_by_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     options = ["--smoke", "--density", "0.4", "--repeats", "1", "--out", str(tmp_path / "x.json")]

@@ -5,6 +5,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -12,6 +13,8 @@ import torch.multiprocessing as mp
 
 def on_two(folder: Path, function, *args) -> list:
     """What `function(rank, *args)` returns on each. Forked: nothing is imported again."""
+    if torch.cuda.is_available():
+        pytest.skip("a process that is forked cannot use the GPU that is here")
     for file in folder.glob("of_two_*"):
         file.unlink()
     mp.start_processes(_one, (folder, function, args), nprocs=2, start_method="fork")
