@@ -110,14 +110,17 @@ class Runner:
             self.latents(self.test)  # not the first call, which loads things
             self.dense_seconds, _ = self.timed(self.test)
 
-    def generate(self, clips, output_type, seed_offset=0, **more):
+    def generate(self, clips, output_type, seed_offset=0, **changes):
         generators = [
             torch.Generator().manual_seed(i % clips.seeds + seed_offset)
             for i in range(len(clips.prompts))
         ]
         with torch.no_grad():
             return self.pipe(
-                clips.prompts, generator=generators, output_type=output_type, **self.call, **more
+                clips.prompts,
+                generator=generators,
+                output_type=output_type,
+                **self.call | changes,
             ).frames
 
     def latents(self, clips):
@@ -155,8 +158,14 @@ class Runner:
         error = (latents - self.tuning.dense).square().mean() / self.tuning.dense.square().mean()
         return {"config": config.to_dict(), "effective_cost": cost, "error": float(error)}
 
+    def warm_up(self, config):
+        """Compile what batches of this size need, in few steps."""
+        with enable_sparse_attention(self.pipe, config), self.shared():
+            self.generate(self.test, "latent", num_inference_steps=8)
+
     def score(self, method, config, **more):
         """One record: the method on the test prompts."""
+        self.warm_up(config)
         with enable_sparse_attention(self.pipe, config) as handle:
             seconds, frames = self.timed(self.test)
             report = handle.report()
@@ -200,7 +209,8 @@ class Runner:
         }
 
     def followed(self, frames):
-        video = frames.permute(0, 1, 4, 2, 3) * 2 - 1
+        each = self.pipe.vae_scale_factor_temporal  # HunyuanVideo's shows every frame so often
+        video = frames[:, ::each].permute(0, 1, 4, 2, 3) * 2 - 1
         return accuracy(predict(self.checker, video), self.test.labels)
 
     def token_pixels(self):
@@ -405,9 +415,11 @@ def draw(result, path):
                     if (r["pipeline"], r["size"]) == place and r["method"] == method
                 ]
                 look = {"color": plt.cm.tab10(index % 10), "marker": "osD^vP"[index // 10 % 6]}
+                mine = [r for r in mine if r[x] is not None]
                 tuned = sorted((r[x], r["psnr"]) for r in mine if "budgets" in r)
                 width = 3 if method == "auto" else 1.2
-                axis.plot(*zip(*tuned or [((), ())]), label=method, linewidth=width, **look)
+                x_and_y = zip(*tuned) if tuned else ((), ())
+                axis.plot(*x_and_y, label=method, linewidth=width, **look)
                 hollow = [(r[x], r["psnr"]) for r in mine if r.get("published")]
                 if hollow:
                     axis.plot(*zip(*hollow), linestyle="none", fillstyle="none", **look)
@@ -429,6 +441,7 @@ def retime(runner, records):
     for record in records:
         if (record["pipeline"], record["size"]) == (runner.name, runner.size):
             config = method_class(record["method"])(**record["config"])
+            runner.warm_up(config)
             with enable_sparse_attention(runner.pipe, config):
                 seconds, _ = runner.timed(runner.test)
             record["effective_time"] = seconds / runner.dense_seconds
@@ -459,7 +472,8 @@ def join(result, path):
     if other["settings"] != result["settings"]:
         raise SystemExit(f"{path} was made with other settings than the --out file")
     have = {key(record) for record in result["records"]}
-    result["records"] += [r for r in other["records"] if key(r) not in have]
+    commit = {"commit": other["environment"]["commit"]}
+    result["records"] += [commit | r for r in other["records"] if key(r) not in have]
     result["lines"] = other["lines"] | result["lines"]
     result.setdefault("environment", other["environment"])
 

@@ -42,7 +42,7 @@ CALL = {
     "width": 128,
     "num_frames": 65,
     "num_inference_steps": 25,
-    "guidance_scale": 3.0,
+    "guidance_scale": 5.0,
 }
 SMOKE_CALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
 POOLED = 8
@@ -233,7 +233,7 @@ def assemble(vae, text_encoder, transformer):
     return HunyuanVideoPipeline(
         tokenizer=build_tokenizer(), text_encoder=text_encoder, tokenizer_2=plain,
         text_encoder_2=empty_clip(len(plain)), vae=vae, transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )  # fmt: skip
 
 
