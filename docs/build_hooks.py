@@ -103,15 +103,15 @@ def costs_table() -> str:
 
 def tuned_table() -> str:
     """The best setting of each budget, from the results of benchmarks/pareto.py."""
-    result = json.loads((ROOT / "benchmarks/results/pareto_wan_tiny.json").read_text())
-    lines = ["| method | effective cost at most | density | searches at | PSNR against dense, dB |"]
-    lines.append("|---|---|---|---|---|")
+    result = json.loads((ROOT / "benchmarks/results/pareto.json").read_text())
+    heads = "pipeline", "method", "effective cost at most", "density", "searches at", "PSNR, dB"
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for record in result["records"]:
         config, method = record["config"], record["method"]
         searches = ", ".join(f"{fraction:.2f}" for fraction in config["search_at"])
         for budget in record.get("budgets", ()):
             told = f"{budget} | {config['density']} | {searches} | {record['psnr']:.1f}"
-            lines.append(f"| `{method}` | {told} |")
+            lines.append(f"| `{record['pipeline']}` | `{method}` | {told} |")
     return "\n".join(lines)
 
 

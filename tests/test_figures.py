@@ -41,29 +41,50 @@ def are(told, *values):
 
 
 def test_readme_pareto():
-    found = result("pareto_wan_tiny")
-    budgets = "0.15", "0.25", "0.35", "0.5", "0.7"
-    rows = table("README.md", "effective cost at most", *budgets)
-    for method in ("adaspa", "auto"):
+    found = result("pareto")
+    budgets = "0.2", "0.3", "0.4", "0.6"
+    for name, cells in table("README.md", "effective cost at most", *budgets).items():
         best = {
             str(budget): f"{record['psnr']:.1f}"
             for record in found["records"]
-            if record["method"] == method
+            if name == f"{record['pipeline']}, {record['method']}"
             for budget in record.get("budgets", ())
         }
-        assert rows[f"{method}, dB"] == [best[budget] for budget in budgets]
-    (lines,) = found["lines"].values()
-    floor, chance = lines["noise_floor"]["psnr"], lines["chance"]["psnr"]
-    assert f"kernel gives {floor:.1f} dB, another seed {chance:.1f}" in text("README.md")
+        assert best and cells == [best.get(budget, "-") for budget in budgets]
+    lines = [found["lines"][place] for box in BOXES for place in found["lines"] if box in place]
+    floor, chance = (
+        "{:.1f}, {:.1f} and {:.1f}".format(*(line[of]["psnr"] for line in lines))
+        for of in ("noise_floor", "chance")
+    )
+    assert f"kernel gives {floor} dB, another seed {chance}" in text("README.md")
 
 
-def test_time_of_auto_on_the_small_wan():
-    auto = [r for r in result("pareto_wan_tiny")["records"] if r["method"] == "auto"]
-    times, costs = ([r[f"effective_{of}"] for r in auto] for of in ("time", "cost"))
-    told = f"takes {min(times):.2f} to {max(times):.2f} of dense attention's time"
-    assert f"{told} at costs of {min(costs):.2f} to {max(costs):.2f}" in text("docs/performance.md")
-    saved = f"`auto` saves {1 - max(times):.0%} to {1 - min(times):.0%}".replace("%", "", 1)
-    assert saved in text("docs/choosing.md")
+def test_time_of_auto_on_the_small_pipelines():
+    auto = [r for r in result("pareto")["records"] if r["method"] == "auto"]
+    timed = [r for r in auto if r["effective_time"] is not None]
+    times, costs = ([r[f"effective_{of}"] for r in timed] for of in ("time", "cost"))
+    told = f"{min(times):.2f} to {max(times):.2f} of dense attention's time"
+    assert f"takes {told} at costs of {min(costs):.2f} to {max(costs):.2f}" in text(
+        "docs/performance.md"
+    )
+    assert f"`auto` took {told}" in text("docs/choosing.md")
+
+
+def test_parts_of_auto():
+    rows = table("docs/log.md", "variant", "PSNR")
+    records = result("ablation_auto")["records"]
+    assert rows == {r["method"]: [f"{r['psnr']:.1f}"] for r in records}
+
+
+def test_several_gpus():
+    schedules = result("ulysses_h100x2")["schedules"]
+    gain = f"{schedules[0]['speedup_by_gpus']:.2f} times as fast as one"
+    assert gain in text("README.md") and gain in text("docs/performance.md")
+    rows = table("docs/several_gpus.md", "50 steps, seconds")
+    for schedule in schedules:
+        cells = rows[f"density {schedule['density']:g}, search at {schedule['search_at']}"]
+        told = [cell.split()[0] for cell in cells[1:3]]
+        assert told == [f"{seconds:.4g}" for seconds in schedule["seconds_50"].values()]
 
 
 @pytest.mark.parametrize("box", BOXES)
