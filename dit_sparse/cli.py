@@ -234,7 +234,7 @@ def generate(
             for s in seeds
             for spec in specs
         ]
-        generate_all(pipe, arguments, clips, folder, quiet, saved)
+        generate_all(pipe, arguments, clips, folder, quiet, as_json, saved)
     if as_json:
         print(json.dumps(saved))
 
@@ -639,6 +639,7 @@ def generate_all(
     clips: list[tuple[str, str, int, "MethodSpec"]],
     folder: Path,
     quiet: bool,
+    as_json: bool,
     saved: list[dict[str, Any]],
 ) -> None:
     """Generate and save each clip (name, prompt, seed, method); what is done goes into `saved`."""
@@ -647,6 +648,7 @@ def generate_all(
     from .video import write_gif, write_mp4
 
     progress = Steps(len(clips), quiet)
+    say = progress.say if as_json else print
     for name, prompt, seed, spec in clips:
         with progress.clip(spec.text, arguments.call.get("num_inference_steps")) as tick:
             clip = generate_clip(
@@ -656,9 +658,9 @@ def generate_all(
         write_mp4(path, clip.frames, arguments.fps)
         write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
         saved.append({"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds})
-        progress.say(f"{path}: {clip.seconds:.1f} s")
+        say(f"{path}: {clip.seconds:.1f} s")
         if clip.sparse is not None:
-            progress.say(str(clip.sparse))
+            say(str(clip.sparse))
 
 
 def kept_by(comparison: "Comparison") -> str:
