@@ -249,7 +249,7 @@ def generate(
             for spec in specs
         ]
         own = processes.part([clip for clip in clips if not records.find(*clip[:2])])
-        generate_all(pipe, arguments, own, folder, quiet, records)
+        generate_all(pipe, arguments, own, folder, quiet, as_json, records)
         processes.end()
     if as_json and processes.first:
         print(json.dumps([records.find(*clip[:2]) for clip in clips]))
@@ -655,6 +655,7 @@ def generate_all(
     clips: list[tuple[str, str, int, "MethodSpec"]],
     folder: Path,
     quiet: bool,
+    as_json: bool,
     records: "Records",
 ) -> None:
     """Generate and save each clip (name, prompt, seed, method)."""
@@ -663,6 +664,7 @@ def generate_all(
     from .video import write_gif, write_mp4
 
     progress = Steps(len(clips), quiet)
+    say = progress.say if as_json else print
     for name, prompt, seed, spec in clips:
         with progress.clip(spec.text, arguments.call.get("num_inference_steps")) as tick:
             clip = generate_clip(
@@ -673,9 +675,9 @@ def generate_all(
         write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
         record = {"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds}
         records.add(name, record)
-        progress.say(f"{path}: {clip.seconds:.1f} s")
+        say(f"{path}: {clip.seconds:.1f} s")
         if clip.sparse is not None:
-            progress.say(str(clip.sparse))
+            say(str(clip.sparse))
 
 
 def kept_by(comparison: "Comparison") -> str:

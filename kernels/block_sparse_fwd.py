@@ -38,7 +38,7 @@ from .dot import (
     to_fp8,
 )
 from .quantize import DTYPES, quantize, quantize_values
-from .tiles import FORWARD, Tile, gluon_runs, launch, tile_for
+from .tiles import FORWARD, FORWARD_FP8, Tile, gluon_runs, launch, tile_for
 from .tuned import problem, tuned_tile
 
 # Probabilities in FP8 use its whole range up to 448.
@@ -331,7 +331,8 @@ def default_tile(
     found = tuned_tile(query.device, problem(path, head_dim, block_size))
     if found is not None and (gluon or not found.gluon) and query.element_size() > 1:
         return found
-    return tile_for(FORWARD, query.device, path, padded_head_dim(head_dim), block_size, gluon)
+    table = FORWARD_FP8 if query.dtype == DTYPES["fp8"] else FORWARD
+    return tile_for(table, query.device, path, padded_head_dim(head_dim), block_size, gluon)
 
 
 def block_sparse_fwd(

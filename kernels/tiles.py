@@ -73,6 +73,15 @@ FORWARD = {
     },
     ("other", "float32"): FLOAT32,
 }
+# Of FP8, whose products leave the softmax to be waited for: more programs, less each.
+FORWARD_FP8 = FORWARD | {
+    ("hopper", "descriptor"): {
+        32: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
+        64: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
+        128: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 4)],
+        256: [Tile(64, 64, 4, 2)],
+    },
+}
 # Forward tiles worth a try on another GPU, by head dim and block: `dit-sparse bench --tune`.
 CANDIDATES = {
     (128, 128): [

@@ -62,6 +62,11 @@ def test_generate_writes_a_video_for_each_prompt_seed_and_method(tmp_path):
     assert len(saved) == 8 and all(Path(entry["video"]).is_file() for entry in saved)
 
 
+def test_generate_names_its_video_on_stdout_and_is_else_quiet(tmp_path):
+    result = invoke("generate", "-p", tiny_folder(), "-m", "dense", "-o", tmp_path, "--quiet")
+    assert result.stdout.startswith(str(tmp_path / "p00-s0-dense.mp4")) and not result.stderr
+
+
 def test_methods_tell_paper_cost_and_memory():
     text, rows = invoke("methods").stdout, json.loads(invoke("methods", "--json").stdout)
     assert [row["method"] for row in rows] == list(available_methods())
