@@ -34,8 +34,8 @@ class SparseConfig:
         order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
         engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
-        precision: of the products of queries and keys in sparse calls: "full" is the model's dtype,
-            "int8" rounds both, which is faster on GPUs and less exact.
+        precision: of the products in sparse calls: "full" is the model's dtype, "int8" rounds queries
+            and keys, "fp8" values too: less exact, and hardly faster (docs/choosing.md).
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
