@@ -169,15 +169,16 @@ def expected(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show_expected(path: Path) -> None:
-    """A table of a result file, for the documentation."""
+    """A table of a result file, for a page: seconds, and times as fast as dense on one GPU."""
     result = json.loads(path.read_text())
     if result["gpus"] != 2:
         sys.exit(f"the model is fitted to one and two GPUs; {path} is of {result['gpus']}")
     print("| 50 steps, seconds | cost | 1 GPU | 2 GPUs | 4, expected | 8, expected |")
     print("|---|---|---|---|---|---|")
-    for row in expected(result):
-        seconds = row["seconds"]
-        cells = [f"{s:.4g} ({seconds[1] / s:.2f} x)" for s in seconds.values()]
+    rows = expected(result)
+    of_dense = rows[0]["seconds"][1]
+    for row in rows:
+        cells = [f"{s:.4g} ({of_dense / s:.2f}x)" for s in row["seconds"].values()]
         print(f"| {row['what']} | {row['cost']:.2f} |", " | ".join(cells), "|")
 
 

@@ -71,10 +71,9 @@ class Processes:
     def part(self, left: list[Any]) -> list[Any]:
         """This process' own of what is left, when all have seen what that is: the same for all."""
         self.wait()
-        if self.state is None:
-            return left
-        with self.state.split_between_processes(left) as own:
-            return own
+        # accelerate 1.0 gives the last item to all whom nothing is left for
+        start, end = (-(-len(left) * n // self.count) for n in (self.number, self.number + 1))
+        return left[start:end]
 
     def wait(self) -> None:
         """For all others to come here, too."""

@@ -112,6 +112,18 @@ def test_two_processes_share_what_is_generated_and_the_first_tells_of_all(tmp_pa
     assert before.items() <= after.items() and len(after) == 4
 
 
+@pytest.mark.parametrize("count", range(1, 5))
+@pytest.mark.parametrize("items", range(7))
+def test_the_parts_are_complete_and_disjoint_and_the_first_has_something(items, count):
+    states = [
+        SimpleNamespace(process_index=n, num_processes=count, wait_for_everyone=lambda: None)
+        for n in range(count)
+    ]
+    parts = [Processes(state).part(list(range(items))) for state in states]
+    assert sum(parts, []) == list(range(items)) == Processes().part(list(range(items)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1 and (parts[0] or not items)
+
+
 def test_a_record_counts_for_the_same_prompt_and_settings_only(tmp_path):
     several = Processes(SimpleNamespace(process_index=0))
     records = Records(tmp_path, several, {"steps": 3})
