@@ -111,10 +111,15 @@ def run_target(runner, target, result, args):
     auto = Auto(**TARGETS[target], dense_if_faster=False)
     place = runner.name, runner.size, [target]
     done = {r["method"] for r in result["records"] if place == place_of(r)}
+    left = [(name, variant) for name, variant in variants(auto) if name not in done]
+    if args.variant:
+        left = [(name, variant) for name, variant in left if name in args.variant]
+    if not left:
+        return
+    if runner.test.dense is None:
+        prepare(runner, result)
     goal = runner.tune(auto)["effective_cost"]
-    for name, variant in variants(auto):
-        if name in done or (args.variant and name not in args.variant):
-            continue
+    for name, variant in left:
         config = at_cost(runner, variant, goal)
         if config is None:
             print(f"{name} has no density that costs {goal:.2f}", flush=True)
@@ -122,6 +127,13 @@ def run_target(runner, target, result, args):
         result["records"].append(runner.score(name, config, budgets=[target]))
         say(result["records"][-1])
         save(args.out, result, baseline="auto")
+
+
+def prepare(runner, result):
+    runner.prepare()
+    place = f"{runner.name} {runner.size}"
+    if place not in result["lines"]:
+        result["lines"][place] = lines(runner)
 
 
 def place_of(record):
@@ -153,9 +165,6 @@ def main(arguments=None):
     result |= {"question": __doc__.split("\n")[0], "environment": environment(args.commit)}
     for source in args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
-        runner.prepare()
-        place = f"{runner.name} {runner.size}"
-        result["lines"].setdefault(place, {}) or result["lines"][place].update(lines(runner))
         for target in args.target or TARGETS:
             run_target(runner, target, result, args)
 

@@ -207,7 +207,8 @@ class LayerAttention:
             if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
                 kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
             # a tensor: the report asks the device for it, when nothing waits
-            cost = self._of_all_heads(mask.density, query).mean() + cost + self._tail_cost(mask)
+            ran = self._of_all_heads(mask.density, query).mean()
+            cost = ran + (cost + self._tail_cost(mask))
         self.state.keep(self.layer, kept)
         self._log("search", None, self._of_all_heads(kept.kept_mass, query), cost)
         return output

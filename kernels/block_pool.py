@@ -95,7 +95,7 @@ def _pool(
         check_index("kv_len", kv_len, (batch,), (torch.int32,), x.device)
         kv_len = kv_len.contiguous()
     tensors = [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
-    blocks = triton.cdiv(seqlen, block_size)
+    blocks = -(-seqlen // block_size)
     shape = batch, heads, blocks, head_dim
     pooled = [torch.empty(shape, dtype=dtype, device=x.device) for _ in tensors]
     with torch.cuda.device_of(x):

@@ -381,7 +381,7 @@ def block_sparse_fwd(
     scale = head_dim**-0.5 if scale is None else scale
     check_scale(scale)
     block_q, block_kv = block_size
-    q_blocks = triton.cdiv(q_len, block_q)
+    q_blocks = -(-q_len // block_q)
     shape, device = (batch, heads, q_blocks), query.device
     check_index("kv_num_blocks", kv_num_blocks, shape, (torch.int32,), device)
     check_index("kv_indices", kv_indices, (*shape, None), (torch.int16, torch.int32), device)

@@ -218,7 +218,7 @@ def tail_fwd(
     scale = head_dim**-0.5 if scale is None else scale
     check_scale(scale)
     block_q, block_kv = block_size
-    bits_shape = (batch, heads, triton.cdiv(q_len, block_q), triton.cdiv(kv_blocks, 8))
+    bits_shape = (batch, heads, -(-q_len // block_q), -(-kv_blocks // 8))
     check_index("bits", bits, bits_shape, (torch.uint8,), device)
     bits = (bits if bits.stride(3) == 1 else bits.contiguous()).expand(bits_shape)
     if kv_len is not None:
@@ -250,7 +250,7 @@ def tail_fwd(
 
     def run(tile: Tile) -> None:
         rows, columns = tile.rows, tile.columns
-        tail_fwd_kernel[(triton.cdiv(q_len, rows), heads, batch)](
+        tail_fwd_kernel[(-(-q_len // rows), heads, batch)](
             q=describe(query, rows) if descriptors else query,
             k=describe(pooled_key, columns) if descriptors else pooled_key,
             v=describe(pooled_value, columns) if descriptors else pooled_value,
@@ -291,7 +291,7 @@ def tail_fwd(
 
 def check_pooled(key: Tensor, value: Tensor, block_kv: int, max_kv_len: int) -> None:
     """Raise `ValueError` unless both hold one mean for each block of `max_kv_len` tokens."""
-    blocks = triton.cdiv(max_kv_len, block_kv)
+    blocks = -(-max_kv_len // block_kv)
     if key.shape != value.shape or key.shape[1] != blocks:
         raise ValueError(
             f"pooled_key and pooled_value must hold {blocks} blocks, the means of {max_kv_len} "

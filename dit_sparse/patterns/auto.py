@@ -136,7 +136,8 @@ class Auto(SparseConfig):
             total = torch.full(gains.shape[:1], extra * search.heads, device=mass.device)
         of_heads = always + spend(gains, total)[:, search.own_heads]
         mask = top_k_rows(scores, of_heads, forced, min(int(MOST * kept), mass.shape[-1]))
-        return Found(mask, kept_share(mass, mask).mean(0), cost, gains)
+        told = gains if self.budget == "layers" else None
+        return Found(mask, kept_share(mass, mask).mean(0), cost, told)
 
     def score(self, search: Search) -> Scores:
         return sampled_rows(search, self.block_size, engine=self.engine)
