@@ -172,11 +172,20 @@ def test_selection_of_less_than_a_byte_of_blocks():
     check_selection(DEVICE, tokens=90, heads=1, head_adaptive=False)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@by_name(
+    "d64-bf16", "d128-fp16", "d33-bf16-unaligned", "d64-fp32", "block-64-128", "one-token-over",
+    "some-rows-empty", "kv-len-inside-big-blocks", "kv-len-shared-lists", "sliced",
+)  # fmt: skip
 def test_tail_is_as_exact_as_math_attention(case, path):
     if path == "descriptor" and case.dtype == FP32:
         pytest.skip("float32 has one path")
     check_tail(case, DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tail_in_every_case(case, path):
+    test_tail_is_as_exact_as_math_attention(case, path)
 
 
 def test_tail_reads_every_byte_of_the_mask():
