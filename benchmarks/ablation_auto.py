@@ -64,9 +64,10 @@ class MasksOfAdaSpa(ExactMasks):
         return AdaSpa(**options).find(search)
 
 
-def evenly(config, searches):
+def evenly(config, searches, power=1.0):
+    """Times of searches from the first on; above a power of 1 the later are further apart."""
     first = config.search_at[0]
-    return tuple(first + (1 - first) * i / searches for i in range(searches))
+    return tuple(first + (1 - first) * (i / searches) ** power for i in range(searches))
 
 
 def variants(config):
@@ -83,10 +84,11 @@ def variants(config):
         for rank in ("mass", "loss"):
             yield f"budget of {budget} by {rank}", replace(config, budget=budget, rank=rank)
     yield "falling density", replace(config, falling=True)
-    for drift in (0.02, 0.05, 0.1, 0.2):
+    for drift in (0.02, 0.04, 0.08):
         yield f"drift {drift}", replace(config, drift=drift)
         six = {"drift": drift, "search_at": evenly(config, 6)}
         yield f"drift {drift}, up to 6 searches", replace(config, **six)
+    yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
     for searches in (1, 2, 4, 6):
         yield f"{searches} searches", replace(config, search_at=evenly(config, searches))
 

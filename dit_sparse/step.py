@@ -90,15 +90,15 @@ class LayerAttention:
             return "dense"
         schedule = config.search_at, found_at, config.every_step, config.apart
         if config.drift is not None and found_at is not None:
-            return "search" if self.layer in self._due_layers(config.drift) else "reuse"
+            return "search" if self._drifted(config.drift) else "reuse"
         return step_kind(call.step, call.num_steps, *schedule)
 
-    def _due_layers(self, limit: float) -> frozenset[int]:
-        """Layers that have drifted so far that they refresh at this step."""
+    def _drifted(self, limit: float) -> bool:
+        """Whether the outputs of the step before were so far from dense that this one refreshes."""
         call, config = self.state.call, self.config
         searches = search_steps(config.search_at, call.num_steps, config.apart)
         drift = self.state.drift.setdefault(call.branch, Drift())
-        drift.judge(call.step, limit, self._sparse_layers() * (len(searches) - 1))
+        drift.judge(call.step, limit, len(searches) - 1)
         return drift.due
 
     def _plan(self, query: Tensor) -> None:
@@ -240,7 +240,7 @@ class LayerAttention:
         if drifts:
             measured = sampled_error(query, key, value, output, call.kv_len)
             apart, norm = self._of_all_heads(measured, query).sum(0)
-            self.state.drift[call.branch].errors[self.layer] = (apart / norm).sqrt()
+            self.state.drift[call.branch].errors.append((apart / norm).sqrt())
         return output
 
     def _attend(

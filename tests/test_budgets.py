@@ -118,15 +118,17 @@ def test_the_error_of_sampled_rows_is_that_of_all_where_there_are_few():
     torch.testing.assert_close(found, torch.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
-def test_the_worst_layers_refresh_and_no_more_than_are_allowed():
-    drift = Drift(errors={layer: torch.tensor(e) for layer, e in enumerate((0.3, 0.1, 0.9, 0.5))})
-    drift.judge(4, limit=0.2, most=2)
-    assert drift.due == {2, 3} and drift.spent == 2 and not drift.errors
-    drift.judge(4, limit=0.2, most=2)  # another layer of the same step
-    assert drift.due == {2, 3}
-    drift.errors[0] = torch.tensor(5.0)
-    drift.judge(5, limit=0.2, most=2)
-    assert not drift.due
+def test_layers_refresh_together_and_no_more_often_than_is_allowed():
+    drift = Drift(errors=[torch.tensor(0.1), torch.tensor(0.3)])
+    drift.judge(4, limit=0.25, most=1)
+    assert not drift.due and not drift.errors  # the mean is 0.2
+    drift.errors += [torch.tensor(0.1), torch.tensor(0.5)]
+    drift.judge(5, limit=0.25, most=1)
+    drift.judge(5, limit=0.25, most=1)  # another layer of the same step
+    assert drift.due and drift.spent == 1
+    drift.errors += [torch.tensor(5.0)]
+    drift.judge(6, limit=0.25, most=1)
+    assert not drift.due and drift.spent == 1
 
 
 @pytest.mark.parametrize(("drift", "refreshes"), [(1e-6, 2), (1.0, 0)])
@@ -164,5 +166,3 @@ def test_what_auto_refuses():
         Auto(rank="size")
     with pytest.raises(ValueError, match="drift is a share"):
         Auto(drift=2)
-    with pytest.raises(ValueError, match="choose budget or drift"):
-        Auto(drift=0.1, budget="layers")

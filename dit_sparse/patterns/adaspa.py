@@ -94,7 +94,8 @@ class AdaSpa(SparseConfig):
         low, usual, high = blocks_of(levels, mass.shape[-1]).tolist()
         adaptive = self.head_adaptive and self.density <= MAX_ADAPTIVE_DENSITY
         budgets = (low, usual, high, self.recall_threshold) if adaptive else None
-        return Found(*pack_rows(mass, usual, forced, tokens, self.block_size, budgets), cost)
+        kept = torch.full(mass.shape[:2], usual, dtype=torch.int32, device=mass.device)
+        return Found(*pack_rows(mass, kept, forced, tokens, self.block_size, budgets), cost)
 
     def score(self, search: Search) -> Scores:
         return exact_mass(search, self.block_size, self.engine)

@@ -56,9 +56,9 @@ class Auto(SparseConfig):
         budget: rows of blocks keep as many in all heads ("even"), or heads share what those of a
             layer have ("heads"), or of all layers ("layers"), where the next block brings most.
         falling: later searches keep fewer blocks than the first, the mean being `density`.
-        drift: a layer searches and refreshes when the error of its output, on sampled rows, is this
-            share of the output or more, in place of the later times of `search_at`, and no more
-            often than those; None keeps to them.
+        drift: search and refresh when the error of the outputs, on sampled rows, is this share of
+            them or more, in place of the later times of `search_at`, and no more often than those;
+            None keeps to them.
         residual: how what the sparse output lacks is kept between searches: "fp8", "model" (the
             model's dtype), or None for the tail alone.
         max_cache_bytes: of all that is kept between steps; residuals take what is left of it.
@@ -108,8 +108,6 @@ class Auto(SparseConfig):
         for name in ("min_kept_mass", "drift"):
             if getattr(self, name) is not None:
                 part(name, getattr(self, name))
-        if self.budget == "layers" and self.drift is not None:
-            raise ValueError("layers that search apart share no budget: choose budget or drift")
 
     def find(self, search: Search) -> Found:
         mass, cost = self.score(search)
@@ -118,26 +116,38 @@ class Auto(SparseConfig):
         if self.min_kept_mass is not None:
             mask = top_p_rows(mass, self.min_kept_mass, forced, floor=kept)
             return Found(mask, kept_share(mass, mask).mean(0), cost)
-        if self.rank == "mass" and self.budget == "even" and packs(mass):
-            packed = pack_rows(mass, kept, forced, search.grid.tokens, self.block_size)
-            return Found(*packed, cost)
-        scores = mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
+        scores = mass
         if self.rank == "loss":
-            scores = (scores * tail_loss(search, self.block_size)).square()
+            scores = (self._shares(mass) * tail_loss(search, self.block_size)).square()
         if self.budget == "even":
-            mask = top_k_rows(scores, torch.full_like(mass[..., 0, 0], kept), forced, kept)
-            return Found(mask, kept_share(mass, mask).mean(0), cost)
+            of_heads = torch.full(mass.shape[:2], kept, dtype=torch.int32, device=mass.device)
+            gains = None
+        else:
+            of_heads, gains = self._budgets(search, scores, forced, kept)
+        if self.rank == "mass" and packs(mass):
+            packed = pack_rows(mass, of_heads, forced, search.grid.tokens, self.block_size)
+            return Found(*packed, cost, gains)
+        most = kept if self.budget == "even" else min(int(MOST * kept), mass.shape[-1])
+        mask = top_k_rows(scores, of_heads, forced, most)
+        return Found(mask, kept_share(mass, mask).mean(0), cost, gains)
+
+    def _budgets(
+        self, search: Search, scores: Tensor, forced: Tensor, kept: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Blocks in each row of the heads that are here, and what layers tell each other."""
         always = always_kept(search.grid, self.block_size, self.own_block)
+        scores = self._shares(scores) if self.rank == "mass" else scores
         gains = search.of_all_heads(gains_of(scores, forced, kept, always))
         extra = max(kept - always, 0)
         if self.budget == "layers" and len(search.former) == search.layers - self.dense_layers:
             total = share_of(search.layer - self.dense_layers, search.former, extra)
         else:
-            total = torch.full(gains.shape[:1], extra * search.heads, device=mass.device)
+            total = torch.full(gains.shape[:1], extra * search.heads, device=scores.device)
         of_heads = always + spend(gains, total)[:, search.own_heads]
-        mask = top_k_rows(scores, of_heads, forced, min(int(MOST * kept), mass.shape[-1]))
-        told = gains if self.budget == "layers" else None
-        return Found(mask, kept_share(mass, mask).mean(0), cost, told)
+        return of_heads, gains if self.budget == "layers" else None
+
+    def _shares(self, mass: Tensor) -> Tensor:
+        return mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
 
     def score(self, search: Search) -> Scores:
         return sampled_rows(search, self.block_size, engine=self.engine)

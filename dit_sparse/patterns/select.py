@@ -46,7 +46,7 @@ def packs(scores: Tensor) -> bool:
 
 def pack_rows(
     mass: Tensor,
-    kept: int,
+    kept: Tensor,
     forced: Tensor,
     tokens: int,
     block_size: int,
@@ -55,7 +55,8 @@ def pack_rows(
     """`top_k_rows`, packing and `kept_share` in a few launches, without a bool mask.
 
     Args:
-        mass: (B, H, N, N), not negative. kept: blocks in each row.
+        mass: (B, H, N, N), not negative.
+        kept: (B, H) blocks in each row of a head, at least 1.
         budgets: of AdaSpa's levels; see `kernels/select_rows.py`.
 
     Returns:
@@ -63,9 +64,8 @@ def pack_rows(
     """
     from ..kernels.select_rows import select_rows
 
-    counts = torch.full(mass.shape[:2], kept, dtype=torch.int32, device=mass.device)
     size, lengths = (block_size, block_size), (tokens, tokens)
-    bits, density, share = select_rows(mass, counts, forced, lengths, block_size, budgets)
+    bits, density, share = select_rows(mass, kept.int(), forced, lengths, block_size, budgets)
     return BlockMask(bits, *lengths, size, mass.shape[-1], density), share
 
 
