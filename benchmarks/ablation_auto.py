@@ -79,15 +79,6 @@ def variants(config):
     yield "without both", WithoutTail(**options | {"residual": None})
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
-    yield "ranked by loss", replace(config, rank="loss")
-    for budget in ("heads", "layers"):
-        for rank in ("mass", "loss"):
-            yield f"budget of {budget} by {rank}", replace(config, budget=budget, rank=rank)
-    yield "falling density", replace(config, falling=True)
-    for drift in (0.02, 0.04, 0.08):
-        yield f"drift {drift}", replace(config, drift=drift)
-        six = {"drift": drift, "search_at": evenly(config, 6)}
-        yield f"drift {drift}, up to 6 searches", replace(config, **six)
     yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
     for searches in (1, 2, 4, 6):
         yield f"{searches} searches", replace(config, search_at=evenly(config, searches))

@@ -34,8 +34,8 @@ class SparseConfig:
         order: token order, "curve", "tile", "patch" or "raster".
         block_size: tokens in a query block and in a key block.
         engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
-        precision: of the products in sparse calls: "full" is the model's dtype, "int8" rounds queries
-            and keys, "fp8" values too: less exact, and hardly faster (docs/choosing.md).
+        precision: of the products in sparse calls: "full" is the model's dtype, "int8" rounds
+            queries and keys, "fp8" values too: less exact, and hardly faster (docs/choosing.md).
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
@@ -55,8 +55,6 @@ class SparseConfig:
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
     swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
-    # Where not None, an option of the method: searches after the first wait for this error.
-    drift: ClassVar[float | None] = None
     apart: ClassVar[int] = 1  # steps from one search to the next, at least
     targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention

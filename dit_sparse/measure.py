@@ -1,7 +1,6 @@
-"""What a mask keeps and what its output lacks, from a sample of query rows."""
+"""How much of the softmax mass a mask keeps, from a sample of query rows."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .block_mask import BlockMask
@@ -22,8 +21,9 @@ def sampled_kept_mass(
     Returns:
         (H,) float32, mean over samples and rows.
     """
-    rows = sampled(query)
-    count = len(rows)
+    length = query.shape[1]
+    count = min(SAMPLED_ROWS, length)
+    rows = (torch.arange(count, device=query.device) + 0.5).mul(length / count).long()
     dense = block_mask.to_dense()
     keys = key.permute(0, 2, 3, 1).float()  # (B, H, D, S)
     total = torch.zeros(query.shape[2], device=query.device)
@@ -37,32 +37,3 @@ def sampled_kept_mass(
         inside = inside.repeat_interleave(block_mask.block_size[1], -1)[..., : key.shape[1]]
         total += (mass * inside).sum((0, 2, 3))
     return total / (count * query.shape[0])
-
-
-def sampled_error(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, kv_len: Tensor | None = None
-) -> Tensor:
-    """How far the outputs of evenly spaced query rows are from dense attention.
-
-    Args:
-        query, key, value, output: (B, S, H, D) in block order.
-        kv_len: (B,) valid keys of each sample; None where all are.
-
-    Returns:
-        (H, 2) float32: squared distance, and the squared norm of dense. One product with the keys
-        and one with the values.
-    """
-    rows, mask = sampled(query), None
-    if kv_len is not None:
-        mask = (torch.arange(key.shape[1], device=key.device) < kv_len[:, None])[:, None, None]
-    q, k, v = (x.transpose(1, 2) for x in (query[:, rows], key, value))
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).float()
-    apart = output[:, rows].transpose(1, 2).float() - dense
-    return torch.stack([x.square().sum((0, 2, 3)) for x in (apart, dense)], dim=1)
-
-
-def sampled(query: Tensor) -> Tensor:
-    """Evenly spaced tokens of (B, S, H, D), (`SAMPLED_ROWS` or fewer,) int64."""
-    length = query.shape[1]
-    count = min(SAMPLED_ROWS, length)
-    return (torch.arange(count, device=query.device) + 0.5).mul(length / count).long()

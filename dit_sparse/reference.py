@@ -33,9 +33,7 @@ def sparse_attention(
         query8, key8, value8, shift = rounded_to_8_bits(
             query, key, value, block_mask.block_size, kv_len, precision
         )
-        output, lse = sparse_attention(
-            query8, key8, value8, block_mask, kv_len=kv_len, scale=scale
-        )
+        output, lse = sparse_attention(query8, key8, value8, block_mask, kv_len=kv_len, scale=scale)
         return output.to(query.dtype), lse + shift * scale
     counts, indices = block_mask.indices()
     output = torch.zeros_like(query)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
-from .drift import Drift
 from .grid import VideoGrid
 from .patterns.correct import Correction
 from .schedule import Kind
@@ -94,9 +93,6 @@ class State:
     ulysses: Ulysses | None = None
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
-    drift: dict[str, Drift] = field(default_factory=dict)  # of each branch
-    gains: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of its layers, last search
-    former: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # the search before
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -124,20 +120,8 @@ class State:
 
     def drop(self) -> None:
         """Free what is kept; the trace stays for the report until the next run begins."""
-        for kept in (self.kept, self.last, self.drift, self.gains, self.former):
-            kept.clear()
-
-    def former_gains(self, layer: int) -> tuple[Tensor, ...]:
-        """What `keep_gains` was told at the search before, the same for all layers of a search."""
-        assert self.call is not None
-        branch = self.call.branch
-        if layer in self.gains.get(branch, ()):  # the first layer of a search to come here
-            self.former[branch] = tuple(self.gains.pop(branch).values())
-        return self.former.get(branch, ())
-
-    def keep_gains(self, layer: int, gains: Tensor) -> None:
-        assert self.call is not None
-        self.gains.setdefault(self.call.branch, {})[layer] = gains
+        self.kept.clear()
+        self.last.clear()
 
     def keep(self, layer: int, kept: Kept) -> None:
         assert self.call is not None

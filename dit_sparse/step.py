@@ -13,13 +13,12 @@ from .block_mask import BlockMask
 from .config import SparseConfig
 from .cost_model import predicted_speedup
 from .dense import dense_attention_with_lse
-from .drift import Drift
 from .grid import VideoGrid
-from .measure import SAMPLED_ROWS, sampled_error, sampled_kept_mass
+from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.correct import Correction
 from .patterns.search import Search
 from .report import COSTLY
-from .schedule import Kind, search_steps, step_kind
+from .schedule import Kind, step_kind
 from .state import Kept, Record, State
 from .tail import add_tail, tail_cost
 
@@ -89,17 +88,7 @@ class LayerAttention:
         if config.density == 1 or self.layer < config.dense_layers or self.state.dense_because:
             return "dense"
         schedule = config.search_at, found_at, config.every_step, config.apart
-        if config.drift is not None and found_at is not None:
-            return "search" if self._drifted(config.drift) else "reuse"
         return step_kind(call.step, call.num_steps, *schedule)
-
-    def _drifted(self, limit: float) -> bool:
-        """Whether the outputs of the step before were so far from dense that this one refreshes."""
-        call, config = self.state.call, self.config
-        searches = search_steps(config.search_at, call.num_steps, config.apart)
-        drift = self.state.drift.setdefault(call.branch, Drift())
-        drift.judge(call.step, limit, len(searches) - 1)
-        return drift.due
 
     def _plan(self, query: Tensor) -> None:
         """At the first call of each branch: how much will be kept, and refuse too much."""
@@ -184,10 +173,8 @@ class LayerAttention:
         if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
-        others = self.state.ulysses, self.state.former_gains(self.layer)
-        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, *others))
-        if found.gains is not None:
-            self.state.keep_gains(self.layer, found.gains)
+        shared = self.state.ulysses
+        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
         mask = found.mask
         if not isinstance(mask, BlockMask):
             size = (config.block_size, config.block_size)
@@ -228,20 +215,13 @@ class LayerAttention:
         if self.measure and mass is None:
             mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
-        drifts = kind == "reuse" and self.config.drift is not None
-        if drifts:
-            extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0)
         density, mass = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
         self._log(kind, density, mass, extra_cost)
         residual = kept.correction if self.config.tail else None  # one kernel adds both
         output, _ = self._attend(query, key, value, kept.mask, residual)
-        if kept.correction is not None and residual is None:
-            output = self.config.corrected(output, kept.correction, call.step - kept.found_at)
-        if drifts:
-            measured = sampled_error(query, key, value, output, call.kv_len)
-            apart, norm = self._of_all_heads(measured, query).sum(0)
-            self.state.drift[call.branch].errors.append((apart / norm).sqrt())
-        return output
+        if kept.correction is None or residual is not None:
+            return output
+        return self.config.corrected(output, kept.correction, call.step - kept.found_at)
 
     def _attend(
         self,

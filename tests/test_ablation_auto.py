@@ -17,7 +17,7 @@ import ablation_auto  # noqa: E402
 
 from dit_sparse import AdaSpa, Auto, VideoGrid  # noqa: E402
 
-TESTED = ("auto", "without residual", "budget of heads by loss")
+TESTED = ("auto", "without residual", "2 searches")
 
 
 def arguments(out, *variants):

@@ -25,7 +25,6 @@ class Search:
         value: (B, S, H, D), for methods that compare outputs.
         shared: the processes that share the heads of this layer, each with its own part of them in
             `query`, `key`, `lse` and `value`; None where all heads are here.
-        former: `Found.gains` of each sparse layer at the search before; empty at the first.
     """
 
     query: Tensor
@@ -40,7 +39,6 @@ class Search:
     layers: int = 1
     value: Tensor | None = None
     shared: Ulysses | None = None
-    former: tuple[Tensor, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -65,10 +63,8 @@ class Found:
         mask: (B or 1, H or 1, N, N) bool, or packed already.
         kept_mass: (H,) float32 share of the softmax mass inside the mask, None if not known.
         cost: multiply-adds of the search over those of one dense attention call.
-        gains: (B, all heads, N) what more blocks would bring, where layers share a budget.
     """
 
     mask: Tensor | BlockMask
     kept_mass: Tensor | None = None
     cost: float = 0.0
-    gains: Tensor | None = None
