@@ -27,10 +27,10 @@ def test_a_box_loads_by_its_name_and_its_own_class(name, cls, steps):
     assert arguments.call["num_inference_steps"] == steps and arguments.prompts
 
 
-TABLES = "wan_tiny", "cogvideox_tiny"
+TABLES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny"
 
 
-@pytest.mark.parametrize("name, other", [TABLES, TABLES[::-1]])
+@pytest.mark.parametrize("name, other", zip(TABLES, TABLES[1:] + TABLES[:1], strict=True))
 def test_sparse_vdit_finds_the_modes_of_a_box_and_refuses_those_of_another(name, other):
     pipe = load_pipeline(name, "cpu", torch.float32)
     arguments = call_arguments(pipe, name)
