@@ -185,8 +185,9 @@ class Comparison:
         shown: list[tuple[str, np.ndarray]] = []
         sheet = f"sheets/p{prompt:02d}-s{seed}.png"
         for method, run_id in zip(self.methods, run_ids):
-            if earlier := self.recorded(prompt, [run_id]):
-                shown.append((method.text, read_video(self.out / earlier[0]["frames"]).frames))
+            if self.recorded(prompt, [run_id]):
+                earlier = read_video(self.out / "frames" / run_id)
+                shown.append((method.text, earlier.frames))
                 continue
             clip = self.generate(prompt, seed, method, method.text)
             with self.steps.bar(f"metrics of {method.text}", len(clip.frames)) as tick:
