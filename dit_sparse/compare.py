@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .generation import Clip, check_call, enable, generate_clip, prepare_folder, write_json
@@ -180,7 +181,7 @@ class Comparison:
     def compare_cell(self, prompt: int, seed: int) -> None:
         """One prompt and seed: dense once, then every method."""
         dense_id, *run_ids = self.names(prompt, seed)
-        exact = self.out / "records" / f"{dense_id}.npy"
+        exact = self.out / "records" / f"{dense_id}.safetensors"
         dense = self.dense_frames(prompt, seed, dense_id, exact)
         shown: list[tuple[str, np.ndarray]] = []
         sheet = f"sheets/p{prompt:02d}-s{seed}.png"
@@ -203,7 +204,7 @@ class Comparison:
     def dense_frames(self, prompt: int, seed: int, name: str, exact: Path) -> np.ndarray:
         """Generated, or what an interrupted run left in the file `exact`."""
         if exact.is_file() and self.recorded(prompt, [name]):
-            return np.load(exact)
+            return load_file(exact)["frames"]
         clip = self.generate(prompt, seed, None, "dense")
         record = {
             "id": name,
@@ -215,7 +216,7 @@ class Comparison:
         }
         if self.processes.several:
             with whole_file(exact) as part:
-                np.save(part, clip.frames)
+                save_file({"frames": np.ascontiguousarray(clip.frames)}, part)
         self.keep(name, record)
         return clip.frames
 

@@ -208,7 +208,7 @@ def test_bad_options_say_what_is_allowed(options, message):
         (Rettention, {"clamp": "no"}, "clamp is True or False"),
         (Rettention, {"pool": 0}, "pool is a whole number"),
         (DraftAttention, {"row_floor": 1.5}, "row_floor is a whole number"),
-        (SparseVDiT, {"table": 5}, "needs table=FILE.*got 5"),
+        (SparseVDiT, {"table": 5}, "table is the name of a file, got 5"),
         (ModeSearch, {"weight": math.nan}, "weight is a number of at least 0, got nan"),
         (ModeSearch, {"epsilon": "x"}, "epsilon is a number of at least 0, got 'x'"),
         (ModeSearch, {"order": "hilbert"}, "raster, tile, curve, patch"),

@@ -85,7 +85,7 @@ def test_two_processes_share_a_comparison_and_go_on_where_one_was_killed(tmp_pat
     assert told(report) == told(alone) == told(json.loads((out / "report.json").read_text()))
     same = [(tmp_path / n / "sheets/p02-s0.png").read_bytes() for n in ("one", "two")]
     assert same[0] == same[1]
-    assert not [*out.rglob(".part-*"), *out.rglob("*.npy")]
+    assert not [*out.rglob(".part-*"), *out.rglob("*.safetensors")]
     assert [made for made, _ in on_two(tmp_path, compared, pipe, out)] == [[], []]
 
 
@@ -102,6 +102,7 @@ def test_two_processes_share_what_is_generated_and_the_first_tells_of_all(tmp_pa
         tmp_path, generated, tmp_path / "out", *seeds
     )
     assert (code, other_code, nothing) == (0, 0, "")
+    errors, quiet = (text.replace("\n", "") for text in (errors, quiet))  # wrapped
     assert "/p00-s0" in errors and "/p00-s2" not in errors + quiet
     saved = json.loads(told)
     assert [entry["seed"] for entry in saved] == [0, 1, 2]
