@@ -11,19 +11,16 @@ What would mislead: what pareto.py names; masks keep whole blocks, so costs agre
 parts may help only together.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from environment import environment  # noqa: E402
-from pareto import Runner, lines, load_results, save, say  # noqa: E402
+from pareto import Runner, lines, load_results, parser_of_runs, save, say  # noqa: E402
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
 from dit_sparse.patterns.auto import TARGETS  # noqa: E402
@@ -134,20 +131,10 @@ def place_of(record):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of_runs(__doc__, prompts=10, seeds=1)
     add = parser.add_argument
-    add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
-    add("--out", type=Path, required=True)
-    add("--lock", type=Path, help="as in pareto.py")
     add("--target", action="append", choices=TARGETS, help="repeatable; default: all")
     add("--variant", action="append", help="repeatable; default: all")
-    add("--prompts", type=int, default=10)
-    add("--seeds", type=int, default=1)
-    add("--tuning-prompts", type=int, default=10)
-    for name in ("steps", "height", "width", "frames"):
-        add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
-    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    add("--commit", help="where there is no git here")
     return parser.parse_args(arguments)
 
 

@@ -310,8 +310,11 @@ def kernel_calls(
         errors: dict[str, Any] = {}
         yield f"triton {precision}", partial(eight_bits, precision, errors), errors
     yield "quantize int8", lambda: lambda: quantize(q, k, size), {}
-    fp8 = quantize, quantize_values
-    yield "quantize fp8", lambda: lambda: (fp8[0](q, k, size, None, "fp8"), fp8[1](v, size[1])), {}
+
+    def quantize_all():
+        return quantize(q, k, size, precision="fp8"), quantize_values(v, size[1])
+
+    yield "quantize fp8", lambda: quantize_all, {}
     yield "triton unordered", lambda: lambda: ours(order=False), default
     if why_not("fa4", problem(q, size)) is None:
         yield "fa4", lambda: fa4_call(mask, q, k, v), {}

@@ -502,29 +502,36 @@ def key(record):
     return record["pipeline"], record["size"], record["method"]
 
 
-def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser_of_runs(doc, prompts, seeds):
+    """The arguments of a benchmark that makes a `Runner`."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     add = parser.add_argument
     add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
     add("--lock", type=Path, help="file by which processes on one GPU take turns")
+    add("--prompts", type=int, default=prompts)
+    add("--seeds", type=int, default=seeds)
+    add("--tuning-prompts", type=int, default=10)
+    for name in ("steps", "height", "width", "frames"):
+        add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
+    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--commit", help="where there is no git here")
+    return parser
+
+
+def parse(arguments=None):
+    parser = parser_of_runs(__doc__, prompts=20, seeds=2)
+    add = parser.add_argument
     add("--also", type=Path, action="append", default=[], help="join another file; repeatable")
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
     add("--retime", action="store_true", help="measure only the time of what is in --out, again")
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
-    add("--prompts", type=int, default=20)
-    add("--seeds", type=int, default=2)
-    add("--tuning-prompts", type=int, default=10)
-    for name in ("steps", "height", "width", "frames"):
-        add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
     for name, values in (
         ("budgets", BUDGETS), ("warm-ups", WARM_UPS), ("densities", DENSITIES),
         ("searches", SEARCHES), ("epsilons", EPSILONS),
     ):  # fmt: skip
         add(f"--{name}", type=type(values[0]), nargs="+", default=list(values))
-    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    add("--commit", help="where there is no git here")
     return parser.parse_args(arguments)
 
 
