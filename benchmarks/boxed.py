@@ -1,4 +1,6 @@
-"""Open a small trained pipeline for a benchmark; the noise floor of its videos."""
+"""Open a small trained pipeline for a benchmark, compile it; the noise floor of its videos."""
+
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +19,22 @@ def open_boxed(source, dtype):
     # CogVideoX's pipeline does not cast the latents
     pipe.vae.decode = lambda latents, **options: decode(latents.float(), **options)
     return pipe, call_arguments(pipe, source)
+
+
+@contextmanager
+def compiled_blocks(transformer):
+    """The blocks compiled, one by one. Entered again, it finds the graphs of the last time."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for each shape, dense or sparse
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    lists = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    blocks = [block for name in lists for block in getattr(transformer, name, ())]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def two_dense_runs(generate):

@@ -14,16 +14,16 @@ has a threshold in place of searches, and its search is offline, so not in its c
 and block size are each method's own default. `velocity_error` is of single steps, from dense's
 latents (velocity.py).
 
-Several processes may share a GPU (`--lock FILE`, each with its own --out): they tune side by side,
-and the others wait while one is timed. `--also FILE` joins their files.
+On a GPU the transformer's blocks are compiled, dense attention too. `--settings-of FILE` scores
+what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing.
+`--also FILE` joins the files of several processes.
 """
 
 import argparse
-import fcntl
 import json
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,12 +32,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
-from boxed import open_boxed, two_dense_runs  # noqa: E402
+from boxed import compiled_blocks, open_boxed, two_dense_runs  # noqa: E402
 from environment import environment  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
 from velocity import DenseTrajectory  # noqa: E402
 
-from dit_sparse import available_methods, enable_sparse_attention  # noqa: E402
+from dit_sparse import AdaSpa, available_methods, enable_sparse_attention  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
 from dit_sparse.distil import Distillation, distil  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
@@ -51,6 +51,7 @@ EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 BASELINE = "adaspa"
 RESAMPLES = 10_000
+DENSE = AdaSpa(density=1.0)
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
 
 
@@ -90,7 +91,7 @@ class Runner:
         )
         self.call, args = arguments.call, self.args
         self.tuning = Clips.drawn(args.tuning_prompts, 1, TUNING_SEED)
-        self.test = Clips.drawn(args.prompts, args.seeds, TEST_SEED)
+        self.test = Clips.drawn(args.prompts, args.seeds, args.prompt_seed)
         # the same small network for all: it knows colours, shapes and directions
         self.checker = load_checker(ROOT / "samples/prompt_checker.safetensors", self.device)
         self.lpips = Lpips()
@@ -101,14 +102,22 @@ class Runner:
 
     def prepare(self):
         """Dense clips, and how long their attention takes."""
-        self.tuning.dense = self.latents(self.tuning)
-        self.test.dense = self.frames(self.test)
-        self.trajectory = DenseTrajectory(
-            self.pipe.transformer, lambda **more: self.generate(self.tuning, "latent", **more)
-        )
-        with enable_sparse_attention(self.pipe, density=1.0):
-            self.latents(self.test)  # not the first call, which loads things
-            self.dense_seconds, _ = self.timed(self.test)
+        with self.enabled(DENSE):
+            self.tuning.dense = self.latents(self.tuning)
+            self.test.dense = self.frames(self.test)
+            self.trajectory = DenseTrajectory(
+                self.pipe.transformer, lambda **more: self.generate(self.tuning, "latent", **more)
+            )
+            self.dense_seconds, _ = self.timed(self.test)  # not of the first call, which compiles
+
+    @contextmanager
+    def enabled(self, config, **options):
+        """The pipeline with a method, compiled on a GPU; gives the handle."""
+        with ExitStack() as undo:
+            handle = undo.enter_context(enable_sparse_attention(self.pipe, config, **options))
+            if self.device == "cuda":
+                undo.enter_context(compiled_blocks(self.pipe.transformer))
+            yield handle
 
     def generate(self, clips, output_type, seed_offset=0, **changes):
         generators = [
@@ -124,56 +133,38 @@ class Runner:
             ).frames
 
     def latents(self, clips):
-        with self.shared():
-            return self.generate(clips, "latent").float()
+        return self.generate(clips, "latent").float()
 
     def frames(self, clips, seed_offset=0):
         """(N, T, H, W, 3) in [0, 1]."""
-        with self.shared():
-            return self.decoded(clips, seed_offset)
-
-    def decoded(self, clips, seed_offset=0):
         frames = self.generate(clips, "pt", seed_offset)  # (N, T, 3, H, W)
         return frames.permute(0, 1, 3, 4, 2).float()
 
-    @contextmanager
-    def shared(self):
-        """The GPU beside other processes; it is idle at the end."""
-        with gpu_of(self.args.lock):
-            yield
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-
     def timed(self, clips):
         """Seconds inside self-attention, search included, of one generation; and its frames."""
-        with gpu_of(self.args.lock, alone=True), attention_clock(self.device) as total:
-            frames = self.decoded(clips)
+        with attention_clock(self.device) as total:
+            frames = self.frames(clips)
             return total(), frames
 
     def tune(self, config):
         """Cost and latent error on the tuning prompts."""
-        with enable_sparse_attention(self.pipe, config) as handle:
+        with self.enabled(config) as handle:
             latents = self.latents(self.tuning)
             cost = handle.report().effective_cost
         error = (latents - self.tuning.dense).square().mean() / self.tuning.dense.square().mean()
         return {"config": config.to_dict(), "effective_cost": cost, "error": float(error)}
 
-    def warm_up(self, config):
-        """Compile what batches of this size need, in few steps."""
-        with enable_sparse_attention(self.pipe, config), self.shared():
-            self.generate(self.test, "latent", num_inference_steps=8)
-
     def score(self, method, config, **more):
         """One record: the method on the test prompts."""
-        self.warm_up(config)
-        with enable_sparse_attention(self.pipe, config) as handle:
+        with self.enabled(config) as handle:
+            # compiles what batches of this size need, in few steps
+            self.generate(self.test, "latent", num_inference_steps=8)
             seconds, frames = self.timed(self.test)
             report = handle.report()
-        with enable_sparse_attention(self.pipe, config, measure=True) as handle:
+            velocity_error = self.trajectory.error()
+        with self.enabled(config, measure=True) as handle:
             self.latents(self.tuning)
             kept_mass = handle.report().kept_mass
-        with enable_sparse_attention(self.pipe, config), self.shared():
-            velocity_error = self.trajectory.error()
         return {
             **self.compare(frames),
             "method": method,
@@ -189,8 +180,7 @@ class Runner:
 
     def compare(self, frames):
         """Figures of clips against the dense ones."""
-        with self.shared():
-            metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
+        metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
         psnr = [IDENTICAL_DB if m.identical else m.psnr for m in metrics]
         lpips = [m.lpips for m in metrics]
         return {
@@ -217,19 +207,6 @@ class Runner:
         patch = self.pipe.transformer.config.patch_size
         patch = patch if isinstance(patch, int) else patch[-1]
         return self.pipe.vae_scale_factor_spatial * patch
-
-
-@contextmanager
-def gpu_of(lock, alone=False):
-    """The GPU beside others that hold `lock`, or alone; who waits to be alone goes first."""
-    if lock is None:
-        yield
-        return
-    with open(f"{lock}.turn", "w") as turn, open(lock, "w") as gpu:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        yield
 
 
 class attention_clock:
@@ -333,15 +310,30 @@ def chosen(tuned, budgets):
     return list(best.values())
 
 
-def run_method(runner, method, budgets, grid):
-    """All records of a method on one pipeline."""
+def tuned_settings(runner, method, budgets, grid):
+    """(budgets, config) of what is best within each on the tuning prompts."""
     cls = method_class(method)
     tuned = [runner.tune(config) for config in settings(runner, method, cls, grid)]
-    records = []
     for of_budgets, setting in chosen(tuned, budgets):
-        records.append(runner.score(method, cls(**setting["config"]), budgets=of_budgets))
+        yield of_budgets, cls(**setting["config"])
+
+
+def given_settings(path, runner, method):
+    """(budgets, config) of what another file chose for this pipeline."""
+    for record in json.loads(path.read_text())["records"]:
+        if (record["pipeline"], record["method"]) == (runner.name, method) and "budgets" in record:
+            yield record["budgets"], method_class(method)(**record["config"])
+
+
+def run_method(runner, method, budgets, grid):
+    """All records of a method on one pipeline."""
+    given, cls, records = runner.args.settings_of, method_class(method), []
+    found = given_settings(given, runner, method) if given else ()
+    for of_budgets, config in found or tuned_settings(runner, method, budgets, grid):
+        records.append(runner.score(method, config, budgets=of_budgets))
         say(records[-1])
-    for options in {json.dumps(o): o for o in cls.published.values()}.values():
+    published = {} if given else {json.dumps(o): o for o in cls.published.values()}
+    for options in published.values():
         records.append(runner.score(method, cls(**options), published=True))
         say(records[-1])
     return records
@@ -436,18 +428,6 @@ def draw(result, path):
     figure.savefig(path, dpi=110)
 
 
-def retime(runner, records):
-    """Measure the effective time of what is in the file again, on an idle GPU say."""
-    for record in records:
-        if (record["pipeline"], record["size"]) == (runner.name, runner.size):
-            config = method_class(record["method"])(**record["config"])
-            runner.warm_up(config)
-            with enable_sparse_attention(runner.pipe, config):
-                seconds, _ = runner.timed(runner.test)
-            record["effective_time"] = seconds / runner.dense_seconds
-            say(record)
-
-
 def load_results(args, fixed):
     """What an earlier run left, if it had the same settings.
 
@@ -508,10 +488,10 @@ def parser_of_runs(doc, prompts, seeds):
     add = parser.add_argument
     add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
-    add("--lock", type=Path, help="file by which processes on one GPU take turns")
     add("--prompts", type=int, default=prompts)
     add("--seeds", type=int, default=seeds)
     add("--tuning-prompts", type=int, default=10)
+    add("--prompt-seed", type=int, default=TEST_SEED, help="which prompts are scored")
     for name in ("steps", "height", "width", "frames"):
         add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
@@ -525,7 +505,7 @@ def parse(arguments=None):
     add("--also", type=Path, action="append", default=[], help="join another file; repeatable")
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
-    add("--retime", action="store_true", help="measure only the time of what is in --out, again")
+    add("--settings-of", type=Path, help="score what this file chose; tune nothing")
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
     for name, values in (
         ("budgets", BUDGETS), ("warm-ups", WARM_UPS), ("densities", DENSITIES),
@@ -540,6 +520,8 @@ def main(arguments=None):
     grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     fixed = grid | {k: getattr(args, k) for k in numbers}
+    if args.settings_of:
+        fixed |= {"settings_of": args.settings_of.name, "prompt_seed": args.prompt_seed}
     processes, _ = Processes.joined("cuda" if torch.cuda.is_available() else "cpu")
     if processes.first:
         take_in(args, load_results(args, fixed))
@@ -559,11 +541,6 @@ def main(arguments=None):
     done = {key(record) for record in result["records"]}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
-        if args.retime:
-            runner.prepare()
-            retime(runner, result["records"])
-            save(args.out, result)
-            continue
         place = runner.name, runner.size
         left = processes.part([method for method in methods if (*place, method) not in done])
         if not left:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,10 +44,6 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     if find_spec("matplotlib"):
         pareto.main([*arguments(out), "--only-figure", "--figure", str(tmp_path / "figure.png")])
         assert (tmp_path / "figure.png").is_file()
-    pareto.main([*arguments(out), "--retime"])
-    third = json.loads(out.read_text())
-    times = [[r.pop("effective_time") for r in x["records"]] for x in (second, third)]
-    assert second["records"] == third["records"] and times[0] != times[1]
     joined = tmp_path / "joined.json"
     pareto.main([*arguments(joined), "--only-figure", "--also", str(out), "--also", str(out)])
     joined = json.loads(joined.read_text())
@@ -56,22 +51,14 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     assert joined["lines"] == second["lines"]
 
 
-def test_processes_on_one_gpu_are_timed_one_at_a_time(tmp_path):
-    lock = tmp_path / "gpu.lock"
-    with pareto.gpu_of(lock), pareto.gpu_of(lock):
-        pass  # two tune side by side
-    entered = threading.Event()
-
-    def other():
-        with pareto.gpu_of(lock):
-            entered.set()
-
-    waiting = threading.Thread(target=other)
-    with pareto.gpu_of(lock, alone=True):
-        waiting.start()
-        assert not entered.wait(0.3)
-    assert entered.wait(60)
-    waiting.join()
+def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
+    pareto.main(arguments(chosen, "window"))
+    given = ["--settings-of", str(chosen), "--prompt-seed", "5", "--height", "80"]
+    pareto.main([*arguments(out, "window", "random"), *given])
+    before, after = (json.loads(path.read_text())["records"] for path in (chosen, out))
+    assert [r["config"] for r in after] == [r["config"] for r in before if "budgets" in r]
+    assert {r["size"] for r in after}.isdisjoint(r["size"] for r in before)
 
 
 def test_the_best_setting_within_each_budget_is_chosen_once():
