@@ -80,6 +80,9 @@ class HostCache:
         assert buffer.content is not None
         return buffer.content
 
+    def nbytes(self) -> int:
+        return sum(shapes.nbytes() for shapes in self._shapes.values())
+
     def drop(self) -> None:
         """Free everything. Pinned memory goes back to torch, which keeps it for the next run."""
         for buffer in (*self._buffers, self._leaving):
@@ -126,11 +129,10 @@ class HostCache:
                 for size in sizes
             ]
         except RuntimeError as failure:
-            kept = sum(shapes.nbytes() for shapes in self._shapes.values())
             raise MemoryError(
                 f"the host could not pin {correction.nbytes() / 2**20:.1f} MiB more than the"
-                f" {kept / 2**20:.1f} MiB that it keeps: lower max_cache_bytes, or keep them on the"
-                " GPU (cache_device='model')"
+                f" {self.nbytes() / 2**20:.1f} MiB that it keeps: lower max_cache_bytes, or keep"
+                " them on the GPU (cache_device='model')"
             ) from failure
 
 
