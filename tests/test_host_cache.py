@@ -1,5 +1,9 @@
 """Corrections kept in host memory: the same bits, whatever is slow, and copied one layer ahead."""
 
+import random
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 from test_wan import generate
@@ -16,6 +20,7 @@ OPTIONS = {"density": 0.4, "block_size": 32, "search_at": (0.2, 0.7)}
 METHODS = [("auto", {}), ("auto", {"residual": "model"}), ("rettention", {"pool": 3})]
 KEYS = [(branch, layer) for branch in ("cond", "uncond") for layer in range(4)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SLOW = [pytest.param(part, marks=pytest.mark.gpu) for part in ("copies", "model")]
 LONG = 20_000_000  # cycles of a GPU, some 10 ms: far more than any copy here
 
 
@@ -47,11 +52,11 @@ def slow_copies(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("slow", [None, *(pytest.param(s, marks=pytest.mark.gpu) for s in "cm")])
+@pytest.mark.parametrize("slow", [None, *SLOW])
 @pytest.mark.parametrize("piece", [1 << 24, 1000])
 def test_what_is_fetched_is_what_was_stored_last(monkeypatch, device, slow, piece):
     monkeypatch.setattr(host_cache, "PIECE", piece)
-    if slow == "c":
+    if slow == "copies":
         slow_copies(monkeypatch)
     cache = HostCache(torch.device(device))
     for _ in range(2):  # the second time over what the first left behind
@@ -67,7 +72,7 @@ def test_what_is_fetched_is_what_was_stored_last(monkeypatch, device, slow, piec
         for _ in range(3):
             for key in KEYS:
                 correction = cache.fetch(key)
-                if slow == "m":  # copies must wait for the model
+                if slow == "model":  # copies must wait for the model
                     torch.cuda._sleep(LONG)
                 found.append((key, correction.map(torch.clone)))
         assert all(same(correction, expected[key]) for key, correction in found)
@@ -130,6 +135,107 @@ def test_memory_that_cannot_be_pinned_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "empty", fail)
     with pytest.raises(MemoryError, match="could not pin 0.4 MiB.*cache_device='model'"):
         cache.store(("cond", 1), measure_residual(*torch.randn(2, 1, 3000, 2, 64), fp8=True))
+
+
+# ------------------------------------------------------------------ streams that run at any pace
+
+
+class LazyStream:
+    """Stands for a CUDA stream: work waits in a queue, and `step` runs its first piece."""
+
+    def __init__(self):
+        self.queue = []
+
+    def run(self, work):
+        self.queue.append(lambda: (work(), True)[1])
+
+    def record_event(self):
+        done = []
+        self.run(lambda: done.append(True))
+        return done
+
+    def wait_event(self, done):
+        self.queue.append(lambda: bool(done))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def step(self):
+        if self.queue and self.queue[0]():
+            self.queue.pop(0)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The model's stream and that of copies; each tensor copy goes to the current one."""
+    model, copies, current = LazyStream(), LazyStream(), []
+    copy = torch.Tensor.copy_
+
+    @contextmanager
+    def enter(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def lazy_copy(target, source, non_blocking):
+        current[-1].run(lambda: copy(target, source))
+
+    def unpinned(self, correction):
+        return [x.new_empty(len(x)) for x in host_cache._pieces(correction)]
+
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: model)
+    monkeypatch.setattr(torch.Tensor, "copy_", lazy_copy)
+    monkeypatch.setattr(HostCache, "_pinned", unpinned)
+    return model, copies
+
+
+def wrong_fetches(streams, seed):
+    """Two refreshes and three steps after each, streams running at random; what came out wrong."""
+    model, copies = streams
+    draw, wrong, cache = random.Random(seed), [], HostCache(torch.device("cpu"))
+    cache.stream = copies
+    pace = draw.choice([(1, 1), (50, 1), (1, 50)])
+
+    def run_some(steps):
+        for _ in range(steps):
+            draw.choices(streams, pace)[0].step()
+
+    def check(found, expected):
+        if not (found == expected).all():
+            wrong.append(expected)
+
+    keys = KEYS[: draw.randint(1, 8)]
+    for refresh in range(2):
+        sent: list = []
+        for number, key in enumerate(keys):
+            residual, value = torch.empty(1, draw.choice([8, 8, 5]), 1, 4), refresh * 100 + number
+            model.run(partial(residual.fill_, value))
+            cache.store(key, Correction(residual))
+            for left in sent:  # its memory is free for the model's next kernel
+                model.run(partial(left.fill_, -1))
+            sent = [residual]
+            run_some(draw.randrange(10))
+        for _ in range(3):
+            in_order = draw.random() < 0.7
+            for key in keys if in_order else draw.choices(keys, k=len(keys)):
+                found = cache.fetch(key).residual
+                model.run(partial(check, found, refresh * 100 + keys.index(key)))
+                run_some(draw.randrange(10))
+    while model.queue or copies.queue:
+        run_some(1)
+    return wrong
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_pace_of_copies_and_kernels_changes_what_is_fetched(streams, seed):
+    assert not wrong_fetches(streams, seed)
+
+
+@pytest.mark.parametrize("owner, name", [(HostCache, "_wait"), (LazyStream, "wait_stream")])
+def test_a_wait_that_is_left_out_is_seen(monkeypatch, streams, owner, name):
+    monkeypatch.setattr(owner, name, lambda *_: None)
+    assert any(wrong_fetches(streams, seed) for seed in range(20))
 
 
 # ----------------------------------------------------------------------------------- in a pipeline
