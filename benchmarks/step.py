@@ -49,7 +49,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import dit_sparse.step  # noqa: E402
 from dit_sparse import BlockMask, enable_sparse_attention  # noqa: E402
-from dit_sparse.config import SparseConfig  # noqa: E402
+from dit_sparse.config import CACHE_DEVICES, SparseConfig  # noqa: E402
+from dit_sparse.host_cache import HostCache  # noqa: E402
 from dit_sparse.patterns import METHODS, adaspa, adaspa_sampled, auto  # noqa: E402
 from dit_sparse.patterns.score import nearness  # noqa: E402
 from dit_sparse.patterns.search import Found, Search  # noqa: E402
@@ -239,6 +240,8 @@ def our_regions() -> list[tuple[Any, str, str]]:
         (dit_sparse.step, "permute_video", "reorder"),
         (adaspa, "exact_mass", "search"),
         (adaspa_sampled, "sampled_rows", "search"),
+        (HostCache, "store", "stream"),
+        (HostCache, "fetch", "stream"),
         *((BlockMask, name, "unpack") for name in unpacking if hasattr(BlockMask, name)),
         *([(once, "func", "unpack")] if once is not None else []),
     ]
@@ -354,7 +357,8 @@ class Benchmark:
             seconds[region] += median * self.times_more.get(blocks or "", 1.0)
             measured += median
         unpack = seconds.pop("unpack", 0.0)
-        seconds["selection"] += unpack
+        stream = seconds.pop("stream", 0.0)
+        seconds["selection"] += unpack + stream
         peak = max(peak for _, peak in found)
         row = {
             "model": self.result["model"],
@@ -364,6 +368,7 @@ class Benchmark:
             "seconds": sum(seconds.values()),
             **{f"{region}_s": seconds[region] for region in self.regions},
             "unpack_s": unpack,  # also in selection_s
+            "stream_s": stream,  # waits for copies from and to the host, also in selection_s
             "peak_bytes": peak + self.weights_not_built() + masks_not_built,
             "measured_seconds": measured,
             "measured_peak_bytes": peak,
@@ -490,6 +495,7 @@ class Benchmark:
             engine=args.engine,
             masks=masks,
             **({"max_cache_bytes": None} if args.method == "auto" else {}),
+            **({"cache_device": args.cache_device} if args.cache_device else {}),
         )
         with ExitStack() as undo:
             undo.enter_context(time_functions(self.clock, our_regions()))
@@ -530,14 +536,17 @@ class Benchmark:
             for record in records[-len(self.attentions) :]
         ]
         kept = sum(entry.nbytes() for entry in self.state.kept.values())
+        on_host = sum(host.nbytes() for host in (self.state.hosts or {}).values())
         more = sum(k for _, _, k in self.model.layers) / len(self.attentions)
-        kept_in_all = kept * more * len(self.model.branches)
+        in_all = more * len(self.model.branches)
+        on_device = kept - on_host
         fused = step == SEARCH and METHODS[self.args.method].uses_lse
         dense = "dense with log-sum-exp" if fused else self.result["dense_backend"]
         self.add_row(
             KIND_AT[step],
             found,
-            round(kept_in_all - kept),
+            round(on_device * (in_all - 1)),
+            host_bytes=round(on_host * in_all),
             compiled=compiled,
             density=density,
             attention=", ".join(sorted(self.state.engines)) or dense,
@@ -666,6 +675,7 @@ def options() -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     add("--dense-backend", help="diffusers' name; the fastest by default")
     add("--method", choices=("adaspa", "adaspa-sampled", "auto"), default="adaspa")
+    add("--cache-device", choices=CACHE_DEVICES, help="where auto keeps residuals")
     add("--masks", default="random", help="random, near, or an .npz file of recorded masks")
     add("--engine", default="auto")
     add("--block-size", type=int, default=64)

@@ -203,7 +203,8 @@ class Installation:
         num_steps: int | None,
     ):
         self.handle, self.transformer, self.family = handle, transformer, family
-        self.config, self.state = handle.config, State()
+        self.config = handle.config
+        self.state = State(hosts={} if self.config.corrections_on_cpu else None)
         self.denoising, self.one_thread = Denoising(pipe, num_steps), OneThread(pipe)
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
 PRECISIONS = ("full", "int8", "fp8")
+CACHE_DEVICES = ("model", "cpu")
 DEFAULT_ORDER = "curve"
 
 
@@ -69,6 +70,11 @@ class SparseConfig:
         """Whether every step runs dense where the cost model says that sparse is slower."""
         return False
 
+    @property
+    def corrections_on_cpu(self) -> bool:
+        """Whether corrections are kept in host memory."""
+        return False
+
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))
         if not is_number(self.density) or not 0 < self.density <= 1:
@@ -76,10 +82,10 @@ class SparseConfig:
                 f"density is the share of blocks that is kept, in (0, 1], got {self.density!r};"
                 " for 80% sparsity give density=0.2"
             )
-        _one_of("order", self.order, TOKEN_ORDERS)
-        _one_of("block_size", self.block_size, BLOCK_SIZES)
-        _one_of("engine", self.engine, ENGINES)
-        _one_of("precision", self.precision, PRECISIONS)
+        one_of("order", self.order, TOKEN_ORDERS)
+        one_of("block_size", self.block_size, BLOCK_SIZES)
+        one_of("engine", self.engine, ENGINES)
+        one_of("precision", self.precision, PRECISIONS)
         flag("every_step", self.every_step)
         flag("own_block", self.own_block)
         whole("dense_layers", self.dense_layers, 0)
@@ -180,7 +186,7 @@ def _fractions(search_at) -> tuple[float, ...]:
     return values
 
 
-def _one_of(name: str, value, choices: tuple) -> None:
+def one_of(name: str, value, choices: tuple) -> None:
     if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 

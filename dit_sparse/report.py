@@ -24,7 +24,8 @@ class Report:
         steps: denoising steps that ran.
         dense_calls, search_calls, reuse_calls: attention calls of each kind.
         engines: what computed the sparse calls, with its precision where that is not full.
-        peak_cache_bytes: largest size of masks, log-sum-exps and corrections kept between steps.
+        peak_cache_bytes: largest size of masks, log-sum-exps and corrections kept between steps, on
+            the GPU and, with `cache_device="cpu"`, on the CPU.
         planned_cache_bytes: what was said of it at the first step; `max_cache_bytes` refuses more.
         notes: what ran otherwise than asked, and why.
         trace: one entry per attention call: branch, step, layer, kind, density and kept_mass
@@ -52,6 +53,8 @@ class Report:
         def percent(value: float | None) -> str:
             return "-" if value is None else f"{value:.1%}"
 
+        on_cpu = self.config.get("cache_device") == "cpu"
+        where = ", corrections on the CPU" if on_cpu else ""
         lines = [
             f"method          {self.method}",
             f"effective cost  {percent(self.effective_cost)} of dense attention",
@@ -60,7 +63,7 @@ class Report:
             f"attention calls {self.dense_calls} dense, {self.search_calls} searches,"
             f" {self.reuse_calls} reuses in {self.steps} steps",
             f"engine          {', '.join(self.engines) or '-'}",
-            f"cache           {self.peak_cache_bytes / 2**20:.2f} MiB at most",
+            f"cache           {self.peak_cache_bytes / 2**20:.2f} MiB at most{where}",
         ]
         return "\n".join(lines + [f"note            {note}" for note in self.notes])
 

@@ -1,6 +1,6 @@
 """What is kept of one transformer between denoising steps, and the log of what ran."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .grid import VideoGrid
+from .host_cache import HostCache, is_apart
 from .patterns.correct import Correction
 from .schedule import Kind
 from .ulysses import Ulysses
@@ -46,7 +47,7 @@ class Call:
 @dataclass(frozen=True)
 class Kept:
     """A layer's mask on one branch, the LSE it was searched with, what is added to its outputs, and
-    the step it was found at."""
+    the step it was found at. A correction of meta tensors is in host memory."""
 
     mask: BlockMask
     lse: Tensor | None  # (B, H, S) float32
@@ -78,7 +79,8 @@ class State:
 
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
-    `dense_because` says why a run stays dense; `ulysses` who else computes the same call.
+    `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
+    holds the corrections of each device in host memory, where it is not None.
     """
 
     call: Call | None = None
@@ -93,6 +95,7 @@ class State:
     ulysses: Ulysses | None = None
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
+    hosts: dict[torch.device, HostCache] | None = None
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -122,12 +125,34 @@ class State:
         """Free what is kept; the trace stays for the report until the next run begins."""
         self.kept.clear()
         self.last.clear()
+        for host in (self.hosts or {}).values():
+            host.drop()
 
     def keep(self, layer: int, kept: Kept) -> None:
         assert self.call is not None
-        self.kept[self.call.branch, layer] = kept
+        key, correction = (self.call.branch, layer), kept.correction
+        if self.hosts is not None and correction is not None:
+            kept = replace(kept, correction=self._to_host(key, correction))
+        self.kept[key] = kept
         if self.masks is not None:
-            self.masks[self.call.branch, layer] = kept.found_at, kept.mask
+            self.masks[key] = kept.found_at, kept.mask
         processes = 1 if self.ulysses is None else self.ulysses.degree
         kept_bytes = processes * sum(entry.nbytes() for entry in self.kept.values())
         self.peak_bytes = max(self.peak_bytes, kept_bytes)
+
+    def _to_host(self, key: tuple[str, int], correction: Correction) -> Correction:
+        assert self.hosts is not None
+        device = correction.residual.device
+        if not is_apart(device):
+            return correction
+        if device not in self.hosts:
+            self.hosts[device] = HostCache(device)
+        return self.hosts[device].store(key, correction)
+
+    def correction(self, layer: int, device: torch.device) -> Correction | None:
+        """What this branch keeps, on the layer's device, to be used before the next layer's."""
+        assert self.call is not None
+        correction = self.kept[self.call.branch, layer].correction
+        if self.hosts is None or correction is None or not correction.residual.is_meta:
+            return correction
+        return self.hosts[device].fetch((self.call.branch, layer))

@@ -217,11 +217,12 @@ class LayerAttention:
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         density, mass = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
         self._log(kind, density, mass, extra_cost)
-        residual = kept.correction if self.config.tail else None  # one kernel adds both
+        correction = self.state.correction(self.layer, query.device)
+        residual = correction if self.config.tail else None  # one kernel adds both
         output, _ = self._attend(query, key, value, kept.mask, residual)
-        if kept.correction is None or residual is not None:
+        if correction is None or residual is not None:
             return output
-        return self.config.corrected(output, kept.correction, call.step - kept.found_at)
+        return self.config.corrected(output, correction, call.step - kept.found_at)
 
     def _attend(
         self,

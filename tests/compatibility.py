@@ -68,7 +68,8 @@ of its blocks was compiled. FasterCache fails on Wan and HunyuanVideo without sp
 too. CPU offload moves weights to an accelerator: what is tested is that its hooks, with the CPU in
 the place of one, change nothing.
 
-What is kept between steps stays on the device of the model; it cannot be kept on the CPU. It is
+What is kept between steps stays on the device of the model; with `cache_device="cpu"` residuals of
+`auto` and `rettention` are [in host memory](choosing.md#residuals-in-host-memory). It is
 freed at the end of a run and after an error inside the transformer; after an error elsewhere in the
 loop, such as in a callback, when the next run begins or at `disable()`. `max_cache_bytes` refuses
 more at the first step, and a report gives `peak_cache_bytes`.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse import BlockMask
+from dit_sparse import BlockMask, state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -104,6 +104,19 @@ def test_masks_near_and_recorded_and_no_time_left(tmp_path):
     late = run(tmp_path / "late.json", *options, "--seconds", "0")
     assert late["rows"] == late["schedules"] == []
     assert late["left_out"] == ["dense, eager", "eager, density 0.4"]
+
+
+def test_residuals_on_the_host_are_timed_and_counted_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "is_apart", lambda device: True)
+    options = "--modes", "eager", "--densities", "0.4", "--method", "auto", "--cache-device"
+    found = {}
+    for where in ("model", "cpu"):
+        result = run(tmp_path / f"{where}.json", "wan-1.3b-480p", *options, where)
+        (found[where],) = (row for row in result["rows"] if row["kind"] == "reuse")
+    there, here = found["model"], found["cpu"]
+    assert there["stream_s"] == there["host_bytes"] == 0 < here["stream_s"] <= here["selection_s"]
+    # beside what was built, which a CPU does not tell: of two branches with four layers, two layers
+    assert there["peak_bytes"] - here["peak_bytes"] == here["host_bytes"] * 6 / 8 > 0
 
 
 def test_schedules_count_each_kind():

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig, flag, part
+from ..config import CACHE_DEVICES, SparseConfig, flag, one_of, part
 from .correct import Correction, measure_residual
 from .score import Scores, sampled_rows
 from .search import Found, Search
@@ -48,7 +48,10 @@ class Auto(SparseConfig):
             softmax mass at the search, 0.9 say; what that costs, the report tells.
         residual: how what the sparse output lacks is kept between searches: "fp8", "model" (the
             model's dtype), or None for the tail alone.
-        max_cache_bytes: of all that is kept between steps; residuals take what is left of it.
+        cache_device: where residuals are kept: on the "model"'s device, or on the "cpu" in pinned
+            memory, and each is copied to the GPU while the layer before computes.
+        max_cache_bytes: of all that is kept between steps, on either device; residuals take what
+            is left of it.
         dense_if_faster: run every step dense where the cost model expects that to be faster.
     """
 
@@ -56,6 +59,7 @@ class Auto(SparseConfig):
     search_at: tuple[float, ...] = (0.24, 0.49, 0.75)
     min_kept_mass: float | None = None
     residual: str | None = "fp8"
+    cache_device: str = "model"
     max_cache_bytes: int | None = 4 * 2**30
     dense_if_faster: bool = True
 
@@ -77,9 +81,14 @@ class Auto(SparseConfig):
     def refuses(self) -> bool:
         return self.dense_if_faster
 
+    @property
+    def corrections_on_cpu(self) -> bool:
+        return self.cache_device == "cpu"
+
     def __post_init__(self):
         super().__post_init__()
         flag("dense_if_faster", self.dense_if_faster)
+        one_of("cache_device", self.cache_device, CACHE_DEVICES)
         if self.residual not in RESIDUALS:
             raise ValueError(f'residual must be "fp8", "model" or None, got {self.residual!r}')
         if self.min_kept_mass is not None:

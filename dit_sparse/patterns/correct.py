@@ -6,7 +6,8 @@ output is rho O_sparse + R at the step where they are measured, and nearly so at
 tail speaks for the keys outside (`dit_sparse/tail.py`), R = O_dense - O_sparse is what is lacking.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,9 +36,16 @@ class Correction:
     def batch(self) -> int:
         return self.residual.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.residual, self.rho, self.scale) if x is not None]
+
     def nbytes(self) -> int:
-        parts = (self.residual, self.rho, self.scale)
-        return sum(x.numel() * x.element_size() for x in parts if x is not None)
+        return sum(x.nbytes for x in self.tensors())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Correction":
+        """The same with each tensor changed."""
+        rho, scale = (None if x is None else change(x) for x in (self.rho, self.scale))
+        return replace(self, residual=change(self.residual), rho=rho, scale=scale)
 
 
 def measure_correction(

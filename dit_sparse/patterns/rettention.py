@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..config import SparseConfig, flag, is_number, positive, whole
+from ..config import CACHE_DEVICES, SparseConfig, flag, is_number, one_of, positive, whole
 from .correct import Correction, apply_correction, measure_correction
 from .search import Found, Search
 from .window import nearest_blocks
@@ -42,6 +42,8 @@ class Rettention(SparseConfig):
         clamp: keep rho at most 1, and weights that sum to 1.
         pool: tokens whose residual is kept as one mean; 1 keeps all.
         time_scale: length of one frame in tokens, as in `window`.
+        cache_device: where rho and residuals are kept: on the "model"'s device, or on the "cpu" in
+            pinned memory, and each is copied to the GPU while the layer before computes.
     """
 
     density: float = 0.1
@@ -50,6 +52,7 @@ class Rettention(SparseConfig):
     clamp: bool = True
     pool: int = 1
     time_scale: float = 0.01
+    cache_device: str = "model"
 
     paper: ClassVar[str] = "Re-ttention, arXiv 2505.22918"
     cost: ClassVar[str] = "a refresh 1 + density; reuse: density"
@@ -62,6 +65,10 @@ class Rettention(SparseConfig):
     }
     corrects: ClassVar[bool] = True
 
+    @property
+    def corrections_on_cpu(self) -> bool:
+        return self.cache_device == "cpu"
+
     def __post_init__(self):
         super().__post_init__()
         whole("pool", self.pool, 1)
@@ -69,6 +76,7 @@ class Rettention(SparseConfig):
         if not is_number(self.ramp) or not 0 <= self.ramp < math.inf:
             raise ValueError(f"ramp is what rho grows by, at least 0, got {self.ramp!r}")
         positive("time_scale", self.time_scale)
+        one_of("cache_device", self.cache_device, CACHE_DEVICES)
 
     def find(self, search: Search) -> Found:
         return Found(nearest_blocks(self, search, self.time_scale))
