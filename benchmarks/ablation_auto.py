@@ -77,6 +77,8 @@ def variants(config):
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
     yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
+    for damping in (0.0, 0.25, 0.5, 1.0):
+        yield f"damping {damping}", replace(config, damping=damping)
     for searches in (1, 2, 4, 6):
         yield f"{searches} searches", replace(config, search_at=evenly(config, searches))
 

@@ -138,5 +138,5 @@ def _triton(
         kv_len=kv_len,
         scale=scale,
         sparse=sparse,
-        residual=None if residual is None else (residual.residual, residual.scale),
+        residual=None if residual is None else (residual.residual, residual.scale, residual.rho),
     )

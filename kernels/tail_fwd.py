@@ -58,6 +58,7 @@ def tail_fwd_kernel(
     sparse_lse_ptr,
     residual_ptr,
     residual_scale_ptr,
+    rho_ptr,
     out_ptr,
     lse_ptr,
     q_strides,
@@ -159,6 +160,8 @@ def tail_fwd_kernel(
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
     out = acc / total[:, None]  # (ROWS, BLOCK_D)
+    if rho_ptr is not None:
+        out *= tl.load(rho_ptr + lse_row + rows, mask=rows < q_len, other=0.0)[:, None]
     if residual_ptr is not None:
         row = (batch.to(tl.int64) * q_len + rows) * tl.num_programs(1) + head  # of (B, S, H)
         part = tl.load(residual_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=stored, other=0)
@@ -187,7 +190,7 @@ def tail_fwd(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     sparse: tuple[Tensor, Tensor] | None = None,
-    residual: tuple[Tensor, Tensor | None] | None = None,
+    residual: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the means of the kv blocks that `bits` leaves out.
 
@@ -204,7 +207,8 @@ def tail_fwd(
         sparse: output `(B, S, H, D)` and LSE `(B, H, S)` float32 of the kept blocks, to be
             completed; None gives the tail alone.
         residual: `(B, S, H, D)` that is added to the output, contiguous; in float8_e4m3fn with a
-            factor for each row, `(B, S, H, 1)` float32, else None beside it.
+            factor for each row, `(B, S, H, 1)` float32, else None beside it; then what the output
+            is scaled by before, `(B, H, S)` float32, or None.
 
     Returns:
         The output `(B, S, H, D)` in the query's dtype and the natural-log LSE `(B, H, S)` in
@@ -231,7 +235,7 @@ def tail_fwd(
         sparse_out = sparse_out if sparse_out.stride(3) == 1 else sparse_out.contiguous()
         sparse_lse = sparse_lse.expand(batch, heads, q_len).contiguous()
 
-    added, added_scale = (None, None) if residual is None else residual
+    added, added_scale, rho = (None, None, None) if residual is None else residual
     if added is not None and (added.shape != query.shape or not added.is_contiguous()):
         raise ValueError(
             f"the residual must be contiguous and of shape {tuple(query.shape)}, got"
@@ -239,6 +243,9 @@ def tail_fwd(
         )
     if added_scale is not None:
         added, added_scale = added.view(torch.uint8), added_scale.contiguous()
+    if rho is not None:
+        check_index("rho", rho, (batch, heads, q_len), (torch.float32,), device)
+        rho = rho.contiguous()
 
     query, pooled_key, pooled_value = (
         x if x.stride(3) == 1 else x.contiguous() for x in (query, pooled_key, pooled_value)
@@ -260,6 +267,7 @@ def tail_fwd(
             sparse_lse_ptr=sparse_lse,
             residual_ptr=added,
             residual_scale_ptr=added_scale,
+            rho_ptr=rho,
             out_ptr=out,
             lse_ptr=lse,
             q_strides=query.stride(),

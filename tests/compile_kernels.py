@@ -102,7 +102,7 @@ def launches(everything: bool, precisions: tuple[str, ...]):
                         block_size=s,
                         max_kv_len=512,
                         sparse=(x, lse),
-                        residual=(x.to(torch.float8_e4m3fn), x[..., :1].float()),
+                        residual=(x.to(torch.float8_e4m3fn), x[..., :1].float(), lse),
                     ),
                 )
             yield f"pool {name}", lambda x=x: block_pool(x, 128)

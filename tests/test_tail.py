@@ -187,7 +187,7 @@ def test_cost_is_one_mean_for_every_block():
 # ------------------------------------------------------------------------------------- the kernel
 
 
-@pytest.mark.parametrize("residual", [None, "model", "fp8"])
+@pytest.mark.parametrize("residual", [None, "model", "fp8", "fp8 and rho"])
 def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
@@ -199,7 +199,9 @@ def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
     kv_len = torch.tensor([150, 70], device=device)
     part = sparse_attention(query, key, value, packed, kv_len=kv_len, return_lse=True)
     if residual is not None:
-        residual = measure_residual(torch.randn_like(query), query * 0, fp8=residual == "fp8")
+        rho = torch.rand_like(part[1]) if residual == "fp8 and rho" else None
+        fp8 = residual.startswith("fp8")
+        residual = measure_residual(torch.randn_like(query), query * 0, fp8, rho)
     more = {"kv_len": kv_len, "residual": residual}
     expected = add_tail(*part, query, key, value, packed, engine="torch", **more)
     alone = tail_attention(query, key, value, packed, kv_len=kv_len, engine="torch")
@@ -214,6 +216,28 @@ def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
 
 
 # ------------------------------------------------------------------------------------ corrections
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_scaled_output_and_its_residual_give_dense_back(fp8):
+    dense, sparse = torch.randn(2, 2, 50, 3, 64)
+    rho = torch.rand(2, 3, 50)
+    kept = measure_residual(dense, sparse, fp8, rho)
+    error = (add_residual(sparse, kept) - dense).norm() / dense.norm()
+    assert error < (0.03 if fp8 else 1e-6)
+    change = add_residual(sparse + 1, kept) - add_residual(sparse, kept)
+    close(change, rho.transpose(1, 2)[..., None].expand_as(change))
+
+
+def test_damping_scales_by_a_power_of_the_mass_that_sparse_stands_for():
+    dense, sparse = torch.randn(2, 1, 50, 3, 64)
+    share = torch.rand(1, 3, 50)
+    for damping in (0.5, 1):
+        found = Auto(damping=damping).correction(dense, share * 0, sparse, share.log())
+        close(found.rho, share**damping)
+    assert Auto(damping=0).correction(dense, share * 0, sparse, share.log()).rho is None
+    with pytest.raises(ValueError, match="damping is an exponent"):
+        Auto(damping=2)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -310,7 +334,7 @@ def test_both_keep_text_and_own_blocks():
 def test_residuals_fill_the_memory_that_is_allowed():
     shape, layers, branches = (1, 640, 4, 64), 6, 2
     plain = Auto().cache_bytes(shape, 2)
-    more = 640 * 4 * (64 + 4)  # fp8: D bytes and a scale for each row
+    more = 640 * 4 * (64 + 8)  # fp8: D bytes, a scale and the damping for each row
     for allowed in (None, 10**9, branches * layers * (plain + more)):
         assert Auto(max_cache_bytes=allowed).corrected_layers(shape, 2, layers, branches) == 6
     least = branches * layers * plain
@@ -318,7 +342,8 @@ def test_residuals_fill_the_memory_that_is_allowed():
         config = Auto(max_cache_bytes=least + room)
         assert config.corrected_layers(shape, 2, layers, branches) == expected
     assert Auto(residual=None).corrected_layers(shape, 2, layers, branches) == 0
-    assert Auto(residual="model").correction_bytes(shape, 2) == 640 * 4 * 128
+    assert Auto(residual="model").correction_bytes(shape, 2) == 640 * 4 * (128 + 4)
+    assert Auto(residual="model", damping=0).correction_bytes(shape, 2) == 640 * 4 * 128
     with pytest.raises(ValueError, match='"fp8", "model" or None'):
         Auto(residual="int8")
 
@@ -368,8 +393,8 @@ def test_cost_and_bytes_with_and_without_a_residual():
     tail, blocks, tokens, heads = 4 / 108, 4, 108, 2
     bits = heads * blocks
     expected = {  # bytes of a layer and branch
-        "fp8": bits + tokens * heads * (16 + 4),
-        "model": bits + tokens * heads * 16 * 4,
+        "fp8": bits + tokens * heads * (16 + 8),
+        "model": bits + tokens * heads * (16 * 4 + 4),
         None: bits,
     }
     for residual, kept in expected.items():
@@ -387,7 +412,7 @@ def test_cost_and_bytes_with_and_without_a_residual():
 def test_only_leading_layers_keep_a_residual_where_memory_is_short():
     pipe = tiny_wan()
     plain = 8
-    allowed = 2 * 2 * plain + 2 * 108 * 2 * 20  # two layers, two branches: one layer's residuals
+    allowed = 2 * 2 * plain + 2 * 108 * 2 * 24  # two layers, two branches: one layer's residuals
     options = {"density": 0.5, "block_size": 32, "search_at": (0.2, 0.6)}
     options |= {"max_cache_bytes": allowed}
     handle = enable_sparse_attention(pipe, "auto", **options)

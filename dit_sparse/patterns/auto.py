@@ -3,10 +3,13 @@
 No paper of its own; its parts: block mass from 8 query rows of each 64 (`score.sampled_rows`, 0.125
 of dense attention), the same number of the heaviest blocks in every row, a tail of block means over
 the blocks left out (the enrichment of LLSA, restricted to those; `dit_sparse/tail.py`), and a
-residual as in Re-ttention (2505.22918), here R = O_dense - O_(sparse with tail).
+residual as in Re-ttention (2505.22918), here R = O_dense - g O with O the sparse output with its
+tail. Later outputs are g O + R: g = (share of a row's softmax mass that O stands for)^damping lets
+less of what changes in O through where O stands for less of the row.
 
 - A search of a layer that keeps a residual is a refresh: dense attention runs too, its output is
-  used, and R is kept in fp8 with a scale per row, a quarter of float32's bytes and half of bf16's.
+  used, and R is kept in fp8 with a scale per row, a quarter of float32's bytes and half of bf16's;
+  g is a float32 a row.
 - A search of a layer without one runs sparse at once.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
@@ -22,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import CACHE_DEVICES, SparseConfig, flag, one_of, part
+from ..config import CACHE_DEVICES, SparseConfig, flag, is_number, one_of, part
 from .correct import Correction, measure_residual
 from .score import Scores, sampled_rows
 from .search import Found, Search
@@ -48,6 +51,8 @@ class Auto(SparseConfig):
             softmax mass at the search, 0.9 say; what that costs, the report tells.
         residual: how what the sparse output lacks is kept between searches: "fp8", "model" (the
             model's dtype), or None for the tail alone.
+        damping: exponent of the share of mass that scales sparse outputs where a residual is kept;
+            0 lets all changes through, 1 is Re-ttention's.
         cache_device: where residuals are kept: on the "model"'s device, or on the "cpu" in pinned
             memory, and each is copied to the GPU while the layer before computes.
         max_cache_bytes: of all that is kept between steps, on either device; residuals take what
@@ -59,6 +64,7 @@ class Auto(SparseConfig):
     search_at: tuple[float, ...] = (0.24, 0.49, 0.75)
     min_kept_mass: float | None = None
     residual: str | None = "fp8"
+    damping: float = 0.5
     cache_device: str = "model"
     max_cache_bytes: int | None = 4 * 2**30
     dense_if_faster: bool = True
@@ -69,7 +75,7 @@ class Auto(SparseConfig):
         " that keep a residual"
     )
     memory: ClassVar[str] = (
-        "mask bits B H N^2 / 8, with a residual in fp8 B S H (D + 4) bytes more, a layer and"
+        "mask bits B H N^2 / 8, with a residual in fp8 B S H (D + 8) bytes more, a layer and"
         " branch: 23 GB for HunyuanVideo 720p, cut to max_cache_bytes"
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
@@ -93,6 +99,8 @@ class Auto(SparseConfig):
             raise ValueError(f'residual must be "fp8", "model" or None, got {self.residual!r}')
         if self.min_kept_mass is not None:
             part("min_kept_mass", self.min_kept_mass)
+        if not is_number(self.damping) or not 0 <= self.damping <= 1:
+            raise ValueError(f"damping is an exponent, in [0, 1], got {self.damping!r}")
 
     def find(self, search: Search) -> Found:
         mass, cost = self.score(search)
@@ -114,7 +122,10 @@ class Auto(SparseConfig):
     def correction(
         self, dense: Tensor, dense_lse: Tensor, sparse: Tensor, sparse_lse: Tensor
     ) -> Correction:
-        return measure_residual(dense, sparse, fp8=self.residual == "fp8")
+        rho = None
+        if self.damping > 0:  # the tail never stands for more mass than there is
+            rho = ((sparse_lse - dense_lse).clamp(max=0) * self.damping).exp()
+        return measure_residual(dense, sparse, self.residual == "fp8", rho)
 
     def corrected_layers(
         self, shape: Sequence[int], itemsize: int, layers: int, branches: int
@@ -129,4 +140,4 @@ class Auto(SparseConfig):
     def correction_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         batch, tokens, heads, dim = shape
         row = dim + 4 if self.residual == "fp8" else dim * itemsize
-        return batch * tokens * heads * row
+        return batch * tokens * heads * (row + (4 if self.damping > 0 else 0))

@@ -3,7 +3,8 @@
 With rho = exp(LSE_sparse - LSE_dense), the share of a row's softmax mass inside the mask, and
 R = O_dense - rho O_sparse, the contribution of the keys outside (Re-ttention, Eq. 10), the dense
 output is rho O_sparse + R at the step where they are measured, and nearly so at the next. Where a
-tail speaks for the keys outside (`dit_sparse/tail.py`), R = O_dense - O_sparse is what is lacking.
+tail speaks for the keys outside (`dit_sparse/tail.py`), rho may be another factor; R is always what
+the scaled output lacked.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Correction:
 
     Attributes:
         residual: (B, ceil(S / pool), H, D), means over `pool` tokens; with a pool of 1 it is whole.
-        rho: (B, H, S) float32, None where outputs are not scaled.
+        rho: (B, H, S) float32, what sparse outputs are scaled by, None where they are not.
         scale: (B, S, H, 1) float32, what a residual in fp8 is multiplied by; None in other dtypes.
     """
 
@@ -80,26 +81,32 @@ def apply_correction(
     return (per_row(rho) * sparse.float() + residual).to(sparse.dtype)
 
 
-def measure_residual(dense: Tensor, sparse: Tensor, fp8: bool = False) -> Correction:
+def measure_residual(
+    dense: Tensor, sparse: Tensor, fp8: bool = False, rho: Tensor | None = None
+) -> Correction:
     """What one step's sparse output lacks of the dense one, both (B, S, H, D).
 
     Args:
         fp8: keep it in float8_e4m3fn with a scale for each row of D, not in the dtype of `dense`.
+        rho: (B, H, S) float32, what the sparse output is scaled by, now and later.
     """
-    residual = dense.float() - sparse  # in float32; few passes, since outputs are large
+    # in float32; few passes, since outputs are large
+    residual = dense.float() - (sparse if rho is None else per_row(rho) * sparse)
     if not fp8:
-        return Correction(residual.to(dense.dtype).contiguous())
+        return Correction(residual.to(dense.dtype).contiguous(), rho)
     largest = torch.linalg.vector_norm(residual, torch.inf, -1, keepdim=True).contiguous()
     scale = largest.div_(torch.finfo(FP8).max).clamp_min_(torch.finfo(torch.float32).tiny)
-    return Correction(residual.div_(scale).to(FP8).contiguous(), scale=scale)
+    return Correction(residual.div_(scale).to(FP8).contiguous(), rho, scale=scale)
 
 
 def add_residual(sparse: Tensor, correction: Correction) -> Tensor:
-    """O_sparse + R, (B, S, H, D) in the dtype of `sparse`."""
-    residual = correction.residual.float()
+    """rho O_sparse + R, (B, S, H, D) in the dtype of `sparse`."""
+    residual, output = correction.residual.float(), sparse.float()
     if correction.scale is not None:
         residual = residual * correction.scale
-    return (sparse.float() + residual).to(sparse.dtype)
+    if correction.rho is not None:
+        output = output * per_row(correction.rho)
+    return (output + residual).to(sparse.dtype)
 
 
 def per_row(x: Tensor) -> Tensor:
