@@ -11,15 +11,17 @@ the same settings is left out. All prompts and seeds of a setting go in one batc
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
-and block size are each method's own default. `velocity_error` is of single steps, from dense's
-latents (velocity.py).
+and block size are each method's own default. `velocity_error` and kept mass are of single steps,
+from dense's latents (velocity.py).
 
 On a GPU the transformer's blocks are compiled, dense attention too. `--settings-of FILE` scores
 what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing.
-`--also FILE` joins the files of several processes.
+Several processes may share a GPU (`--lock FILE`, each with its own --out): they generate side by
+side, and the others wait while one is timed. `--also FILE` joins their files.
 """
 
 import argparse
+import fcntl
 import json
 import sys
 import time
@@ -119,31 +121,34 @@ class Runner:
                 undo.enter_context(compiled_blocks(self.pipe.transformer))
             yield handle
 
-    def generate(self, clips, output_type, seed_offset=0, **changes):
+    def generate(self, clips, output_type, seed_offset=0, alone=False, **changes):
         generators = [
             torch.Generator().manual_seed(i % clips.seeds + seed_offset)
             for i in range(len(clips.prompts))
         ]
-        with torch.no_grad():
-            return self.pipe(
+        with torch.no_grad(), gpu_of(self.args.lock, alone):
+            frames = self.pipe(
                 clips.prompts,
                 generator=generators,
                 output_type=output_type,
                 **self.call | changes,
             ).frames
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        return frames
 
     def latents(self, clips):
         return self.generate(clips, "latent").float()
 
-    def frames(self, clips, seed_offset=0):
+    def frames(self, clips, **options):
         """(N, T, H, W, 3) in [0, 1]."""
-        frames = self.generate(clips, "pt", seed_offset)  # (N, T, 3, H, W)
+        frames = self.generate(clips, "pt", **options)  # (N, T, 3, H, W)
         return frames.permute(0, 1, 3, 4, 2).float()
 
     def timed(self, clips):
         """Seconds inside self-attention, search included, of one generation; and its frames."""
         with attention_clock(self.device) as total:
-            frames = self.frames(clips)
+            frames = self.frames(clips, alone=True)
             return total(), frames
 
     def tune(self, config):
@@ -161,9 +166,8 @@ class Runner:
             self.generate(self.test, "latent", num_inference_steps=8)
             seconds, frames = self.timed(self.test)
             report = handle.report()
-            velocity_error = self.trajectory.error()
         with self.enabled(config, measure=True) as handle:
-            self.latents(self.tuning)
+            velocity_error = self.trajectory.error()
             kept_mass = handle.report().kept_mass
         return {
             **self.compare(frames),
@@ -207,6 +211,19 @@ class Runner:
         patch = self.pipe.transformer.config.patch_size
         patch = patch if isinstance(patch, int) else patch[-1]
         return self.pipe.vae_scale_factor_spatial * patch
+
+
+@contextmanager
+def gpu_of(lock, alone=False):
+    """The GPU beside others that hold `lock`, or alone; who waits to be alone goes first."""
+    if lock is None:
+        yield
+        return
+    with open(f"{lock}.turn", "w") as turn, open(lock, "w") as gpu:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 class attention_clock:
@@ -488,6 +505,7 @@ def parser_of_runs(doc, prompts, seeds):
     add = parser.add_argument
     add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
+    add("--lock", type=Path, help="file by which processes on one GPU take turns")
     add("--prompts", type=int, default=prompts)
     add("--seeds", type=int, default=seeds)
     add("--tuning-prompts", type=int, default=10)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,6 +60,24 @@ def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
     before, after = (json.loads(path.read_text())["records"] for path in (chosen, out))
     assert [r["config"] for r in after] == [r["config"] for r in before if "budgets" in r]
     assert {r["size"] for r in after}.isdisjoint(r["size"] for r in before)
+
+
+def test_processes_on_one_gpu_are_timed_one_at_a_time(tmp_path):
+    lock = tmp_path / "gpu.lock"
+    with pareto.gpu_of(lock), pareto.gpu_of(lock):
+        pass  # two generate side by side
+    entered = threading.Event()
+
+    def other():
+        with pareto.gpu_of(lock):
+            entered.set()
+
+    waiting = threading.Thread(target=other)
+    with pareto.gpu_of(lock, alone=True):
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(60)
+    waiting.join()
 
 
 def test_the_best_setting_within_each_budget_is_chosen_once():
