@@ -6,6 +6,7 @@ python tests/compatibility.py --from-log    # writes the part on a GPU anew from
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +28,10 @@ found: `passing`, `refused` with an error that says what to do, or `does not occ
 beside sparse attention is not in it.
 
 """
+GPU_HEAD = """## On a GPU
+
+The same pipelines with heads of 64 in bfloat16, through the Triton kernels; frames are the bits of
+those without the feature, or as near as rounding lets them be (`tests/test_composition_gpu.py`)."""
 
 
 class Cells:
@@ -73,7 +78,7 @@ class Cells:
         features = dict.fromkeys(feature for feature, _ in self.outcomes)
         refused = [f"- **{feature}**: `{text}`" for feature, text in self.refusals.items()]
         parts = [table(features, self.cell), "Refused:", "\n".join(refused), NOTES]
-        return HEAD + "\n\n".join(parts) + self.gpu_part(log)
+        return HEAD + "\n\n".join([*parts, self.gpu_part(log)])
 
     def gpu_cell(self, log: dict[str, Any], feature: str, family: str) -> str:
         """The worst that became of the tests of a cell; why, where one was skipped."""
@@ -135,12 +140,6 @@ threads that call one transformer at the same time are both refused.
 """
 
 
-GPU_HEAD = """## On a GPU
-
-The same pipelines with heads of 64 in bfloat16, through the Triton kernels; frames are the bits of
-those without the feature, or as near as rounding lets them be (`tests/test_composition_gpu.py`)."""
-
-
 def documented_cells(page: str) -> set[tuple[str, str]]:
     """The cells of the first table of a page that say that something was tested."""
     page = page.partition(GPU_HEAD)[0]
@@ -169,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="begin no test later than this")
     parser.add_argument("-k", dest="selected", help="as pytest takes it")
     given = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     if given.gpu:
         log = run_on_gpu(given.gpu, given.commit, given.seconds, given.selected)
         raise SystemExit(any(entry["outcome"] == "failed" for entry in log["tests"].values()))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_log import begin_run, read_log, write_log
+from gpu_log import ROOT, begin_run, read_log, write_log
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="limit of the watched run")
     parser.add_argument("--cases", action="store_true", help="run the cases unwatched")
     given = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     if given.cases:
         return run_cases()
     if given.log is None:
