@@ -9,7 +9,6 @@ import time
 from functools import cache, partial
 
 import diffusers
-import psutil
 import pytest
 import torch
 from changed_weights import (
@@ -21,7 +20,6 @@ from changed_weights import (
 )
 from composed import SPARSE as SPARSE_ON_CPU
 from composed import arguments, over_families, tile_vae
-from test_processes import finished, launch
 from tiny import tiny_wan
 from tiny_joint import PIPELINES, SIZE, hunyuan_pipeline
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -366,6 +364,10 @@ def test_the_whole_transformer_compiled(family):
 @over_families("two GPUs, prompts shared, a worker killed", "Wan")
 def test_two_gpus_share_prompts_and_go_on_where_a_worker_was_killed(family, tmp_path):
     """No finished video is made again, and none is lost."""
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("av")
+    from test_processes import finished, launch
+
     prompts = [f"--prompt=a {color} circle" for color in ("red", "blue", "green", "white")]
     seeds = [f"--seed={seed}" for seed in range(8)]
     options = ["-o", tmp_path, "--steps", "10", *prompts, *seeds]
