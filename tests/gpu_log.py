@@ -40,6 +40,7 @@ def begin_run(log: dict[str, Any], commit: str | None) -> dict[str, Any]:
     run = {
         "date": date.today().isoformat(),
         **environment(commit),
+        "command": " ".join(Path(argument).name for argument in sys.argv),
         "gpus": torch.cuda.device_count(),
         **{name: version_of(name) for name in PACKAGES},
         "seconds": 0.0,

@@ -40,7 +40,7 @@ STEPS = 5
 
 
 def make(family, dtype=torch.bfloat16):
-    return MAKE[family]().to(DEVICE, dtype, silence_dtype_warnings=True)
+    return MAKE[family]().to(DEVICE, dtype)
 
 
 def placed(value, dtype):
