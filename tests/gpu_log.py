@@ -84,6 +84,8 @@ class GpuLog:
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
             self.tell(report.nodeid, "failed", reason=last_line(report))
+        else:
+            self.log["tests"].pop(report.nodeid, None)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> bool | None:
@@ -102,8 +104,9 @@ def last_line(report: Any) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message.splitlines()[0] if crash else str(report.longrepr).strip()
-    return text.splitlines()[-1][:300]
+    text = crash.message if crash else str(report.longrepr)
+    lines = text.strip().splitlines() or ["no reason was given"]
+    return lines[0 if crash else -1][:300]
 
 
 def run_on_gpu(

@@ -113,6 +113,8 @@ def test_a_file_that_cannot_be_imported_is_in_the_log(tmp_path):
     found, _ = run_tests(tmp_path, "import no_such_module", None, None)
     [entry] = found.values()
     assert entry["outcome"] == "failed" and "no_such_module" in entry["reason"]
+    found, _ = run_tests(tmp_path, TESTS, None, "good")
+    assert [entry["outcome"] for entry in found.values()] == ["passed"]
 
 
 TOOL = """#!/bin/sh
