@@ -48,7 +48,7 @@ clean:
 	touch $@
 
 .venv/installed-test: .venv/torch pyproject.toml
-	$(PIP) install --editable ".[test]"
+	$(PIP) install --editable ".[test,quantised]"
 	touch $@ .venv/installed
 
 .venv/installed-dev: .venv/torch pyproject.toml

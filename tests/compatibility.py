@@ -1,26 +1,37 @@
 """docs/compatibility.md: what diffusers users do beside sparse attention, by family, from tests.
 
 python tests/compatibility.py    # runs the tests marked `feature`, slow ones too, and writes it
+python tests/compatibility.py --gpu benchmarks/results/gpu_tests_h200.json    # on a GPU: the log
+python tests/compatibility.py --from-log    # writes the part on a GPU anew from the committed log
 """
 
+import argparse
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_log import NOT_RUN, read_log, run_on_gpu
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
+LOG = ROOT / "benchmarks" / "results" / "gpu_tests_h200.json"
 FAMILIES = "Wan", "HunyuanVideo", "CogVideoX"
 NOT_TESTED = "not tested"
 HEAD = """# What it composes with
 
 Features of diffusers beside sparse attention, on tiny random pipelines on a CPU, and what tests
-found: `passing`, `refused` with an error that says what to do, or `not tested`.
+found: `passing`, `refused` with an error that says what to do, or `does not occur`.
 `python tests/compatibility.py` runs the tests and writes this page. What a feature saves or costs
 beside sparse attention is not in it.
 
 """
+GPU_HEAD = """## On a GPU
+
+The same pipelines with heads of 64 in bfloat16, through the Triton kernels; frames are the bits of
+those without the feature, or as near as rounding lets them be (`tests/test_composition_gpu.py`)."""
 
 
 class Cells:
@@ -29,17 +40,25 @@ class Cells:
     def __init__(self) -> None:
         self.outcomes: dict[tuple[str, str], list[str]] = {}
         self.refusals: dict[str, str] = {}
+        self.absent: set[tuple[str, str]] = set()
         self.of: dict[str, tuple[str, str]] = {}
+        self.on_gpu: dict[str, tuple[str, str]] = {}  # those marked `gpu`, for the second table
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
             marker = item.get_closest_marker("feature")
-            if marker is not None:
-                self.of[item.nodeid] = cell = marker.args
-                self.outcomes.setdefault(cell, [])
-                if "refused" in marker.kwargs:
-                    self.refusals[cell[0]] = marker.kwargs["refused"]
+            if marker is None:
+                continue
+            if item.get_closest_marker("gpu") is not None:
+                self.on_gpu[item.nodeid] = marker.args
+                continue
+            self.of[item.nodeid] = cell = marker.args
+            self.outcomes.setdefault(cell, [])
+            if "refused" in marker.kwargs:
+                self.refusals[cell[0]] = marker.kwargs["refused"]
+            if "absent" in marker.kwargs:
+                self.absent.add(cell)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.nodeid in self.of and (report.when == "call" or report.outcome != "passed"):
@@ -51,22 +70,65 @@ class Cells:
             return NOT_TESTED
         if set(outcomes) != {"passed"}:
             return "failing"
+        if (feature, family) in self.absent:
+            return "does not occur"
         return "refused" if feature in self.refusals else "passing"
 
-    def page(self) -> str:
-        lines = [f"| feature | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
-        for feature in dict.fromkeys(feature for feature, _ in self.outcomes):
-            cells = (self.cell(feature, family) for family in FAMILIES)
-            lines.append(f"| {feature} | {' | '.join(cells)} |")
+    def page(self, log: dict[str, Any]) -> str:
+        features = dict.fromkeys(feature for feature, _ in self.outcomes)
         refused = [f"- **{feature}**: `{text}`" for feature, text in self.refusals.items()]
-        return HEAD + "\n".join([*lines, "", "Refused:", "", *refused, "", NOTES])
+        parts = [table(features, self.cell), "Refused:", "\n".join(refused), NOTES]
+        return HEAD + "\n\n".join([*parts, self.gpu_part(log)])
+
+    def gpu_cell(self, log: dict[str, Any], feature: str, family: str) -> str:
+        """The worst that became of the tests of a cell; why, where one was skipped."""
+        tests = [test for test, cell in self.on_gpu.items() if cell == (feature, family)]
+        told = [log["tests"].get(test, {"outcome": NOT_RUN}) for test in tests]
+        for outcome in ("failed", NOT_RUN):
+            if any(entry["outcome"] == outcome for entry in told):
+                return {"failed": "failing"}.get(outcome, outcome)
+        skipped = [entry["reason"] for entry in told if entry["outcome"] == "skipped"]
+        if skipped:
+            return f"{NOT_TESTED}: {skipped[0]}"
+        return "passing" if told else "-"
+
+    def gpu_part(self, log: dict[str, Any]) -> str:
+        features = dict.fromkeys(feature for feature, _ in self.on_gpu.values())
+        cells = table(features, lambda *cell: self.gpu_cell(log, *cell))
+        return "\n\n".join([GPU_HEAD, cells, told_of_runs(log)]) + "\n"
+
+
+def table(features: Iterable[str], cell: Callable[[str, str], str]) -> str:
+    lines = [f"| feature | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for feature in features:
+        cells = (cell(feature, family) for family in FAMILIES)
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def told_of_runs(log: dict[str, Any]) -> str:
+    """Where the tests of the log ran, how all of them ended, and what the sanitizer found."""
+    if not log["runs"]:
+        return f"`{LOG.relative_to(ROOT)}` does not exist: none of it ran."
+    counts = Counter(entry["outcome"] for entry in log["tests"].values())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    lines = [f"With the tests of kernels and engines: {told} (`{LOG.relative_to(ROOT)}`)."]
+    for run in log["runs"]:
+        versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "triton", "diffusers"))
+        lines.append(
+            f"- {run['date']}, {run['gpus']} x {run['gpu']}, {versions}, commit"
+            f" {run['commit'][:7]}: {run['seconds']:.0f} s"
+        )
+    if "sanitizer" in log:
+        lines.append(f"- compute-sanitizer: `{log['sanitizer']['last_line']}`")
+    return "\n".join([lines[0], "", *lines[1:]])
 
 
 NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or
-with both prompts in one batch (CogVideoX). diffusers names no repeated blocks for CogVideoX; each
-of its blocks was compiled. FasterCache fails on Wan and HunyuanVideo without sparse attention,
-too. CPU offload moves weights to an accelerator: what is tested is that its hooks, with the CPU in
-the place of one, change nothing.
+with both prompts in one batch: CogVideoX has no other, so that two calls do not occur. diffusers
+names no repeated blocks for CogVideoX; each of its blocks was compiled. FasterCache fails on Wan
+and HunyuanVideo without sparse attention, too. CPU offload moves weights to an accelerator: what is
+tested here is that its hooks, with the CPU in the place of one, change nothing.
 
 What is kept between steps stays on the device of the model; with `cache_device="cpu"` residuals of
 `auto` and `rettention` are [in host memory](choosing.md#residuals-in-host-memory). It is
@@ -79,9 +141,10 @@ threads that call one transformer at the same time are both refused.
 """
 
 
-def documented_cells() -> set[tuple[str, str]]:
-    """The cells of the committed page that say that something was tested."""
-    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if "|" in line]
+def documented_cells(page: str) -> set[tuple[str, str]]:
+    """The cells of the first table of a page that say that something was tested."""
+    page = page.partition(GPU_HEAD)[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "|" in line]
     families = rows[0][1:]
     return {
         (row[0], family)
@@ -98,6 +161,24 @@ def run_pytest(*arguments: str) -> Cells:
     return cells
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from-log", action="store_true", help="only the part on a GPU")
+    parser.add_argument("--gpu", type=Path, metavar="LOG", help="run the tests on a GPU instead")
+    parser.add_argument("--commit", help="where there is no git")
+    parser.add_argument("--seconds", type=float, help="begin no test later than this")
+    parser.add_argument("-k", dest="selected", help="as pytest takes it")
+    given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    PAGE.write_text(run_pytest("--timeout=600").page())
+    if given.gpu:
+        log = run_on_gpu(given.gpu, given.commit, given.seconds, given.selected)
+        raise SystemExit(any(entry["outcome"] == "failed" for entry in log["tests"].values()))
+    if given.from_log:
+        part = run_pytest("--collect-only").gpu_part(read_log(LOG))
+        PAGE.write_text(PAGE.read_text().partition(GPU_HEAD)[0] + part)
+    else:
+        PAGE.write_text(run_pytest("--timeout=600").page(read_log(LOG)))
+
+
+if __name__ == "__main__":
+    main()

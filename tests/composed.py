@@ -45,6 +45,12 @@ def generate(pipe, family, guided=True, **call):
     ).frames
 
 
+def tile_vae(pipe, family):
+    """Tiles smaller than the video, so that they are cut."""
+    tile = 32 if family == "Wan" else 24
+    pipe.vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
+
+
 def sparse(family, change=None, order="after", guided=True):
     """Frames and handle of a run with sparse attention, with a change before or after enabling."""
     pipe = make(family)

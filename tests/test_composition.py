@@ -7,7 +7,7 @@ from functools import cache
 import accelerate
 import pytest
 import torch
-from composed import FAMILIES, SPARSE, generate, make, over_families, sparse
+from composed import FAMILIES, SPARSE, generate, make, over_families, sparse, tile_vae
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_sparse import enable_sparse_attention
@@ -68,12 +68,9 @@ def test_model_cpu_offload(family, order):
 
 @over_families("VAE tiling")
 def test_vae_tiling(family):
-    """Tiles smaller than the video, so that they are cut."""
-
     def run(enabled):
         pipe = make(family)
-        tile = 32 if family == "Wan" else 24
-        pipe.vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
+        tile_vae(pipe, family)
         if enabled:
             enable_sparse_attention(pipe, density=1.0, keep_padding=True)
         return generate(pipe, family, output_type="pt")

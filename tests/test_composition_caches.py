@@ -148,6 +148,13 @@ def test_broadcast_over_two_guidance_calls_is_refused(family, order):
         sparse(family, broadcast, order)
 
 
+@over_families("PyramidAttentionBroadcast, two calls a step", "CogVideoX", absent=True)
+def test_guidance_is_one_call_a_step(family):
+    _, handle = sparse(family)
+    calls = [(entry["step"], entry["layer"]) for entry in handle.report().trace]
+    assert calls == [(step, layer) for step in range(5) for layer in range(2)]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @over_families(
     "FasterCache",

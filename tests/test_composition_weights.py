@@ -1,23 +1,16 @@
 """LoRA and quantised weights beside sparse attention."""
 
 import pytest
-import torch
+from changed_weights import (
+    add_lora,
+    int8_by_bitsandbytes,
+    int8_by_torchao,
+    nf4_by_bitsandbytes,
+    q8_0_by_gguf,
+)
 from composed import SPARSE, generate, make, over_families
 
 from dit_sparse import enable_sparse_attention
-
-
-def add_lora(transformer, name, seed):
-    from peft import LoraConfig
-
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    transformer.add_adapter(
-        LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), name
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for key, weight in transformer.named_parameters():
-        if f"lora_A.{name}" in key or f"lora_B.{name}" in key:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.3
 
 
 @over_families("LoRA")
@@ -68,47 +61,19 @@ def dense_and_sparse(family, quantise):
 
 @over_families("torchao, int8 weights")
 def test_int8_weights_by_torchao(family):
-    quantization = pytest.importorskip("torchao.quantization")
-    config = quantization.Int8WeightOnlyConfig()
-    dense_and_sparse(family, lambda pipe: quantization.quantize_(pipe.transformer, config))
+    dense_and_sparse(family, int8_by_torchao)
 
 
 @over_families("GGUF, Q8_0 weights")
 def test_q8_0_weights_by_gguf(family):
-    gguf = pytest.importorskip("gguf")
-    from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
-
-    def quantise(pipe):
-        kind, transformer = gguf.GGMLQuantizationType.Q8_0, pipe.transformer
-        state, biases = {}, {}
-        for name, module in transformer.named_modules():
-            if ".attn" in name and type(module) is torch.nn.Linear:
-                packed = torch.from_numpy(gguf.quantize(module.weight.detach().numpy(), kind))
-                state[f"{name}.weight"] = GGUFParameter(packed, quant_type=kind)
-                biases[f"{name}.bias"] = module.bias
-        _replace_with_gguf_linear(transformer, torch.float32, state)
-        for name, weight in (state | biases).items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(owner), leaf, weight)
-        assert state
-
-    dense_and_sparse(family, quantise)
+    dense_and_sparse(family, q8_0_by_gguf)
 
 
 @over_families("bitsandbytes, int8 weights")
 def test_int8_weights_by_bitsandbytes(family):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    dense_and_sparse(family, int8_by_bitsandbytes)
 
-    def quantise(pipe):
-        for name, module in list(pipe.transformer.named_modules()):
-            if ".attn" in name and type(module) is torch.nn.Linear:
-                new = bitsandbytes.nn.Linear8bitLt(
-                    module.in_features,
-                    module.out_features,
-                    module.bias is not None,
-                    has_fp16_weights=False,
-                )
-                new.load_state_dict(module.state_dict())
-                pipe.transformer.set_submodule(name, new.to("cpu"))
 
-    dense_and_sparse(family, quantise)
+@over_families("bitsandbytes, nf4 weights")
+def test_nf4_weights_by_bitsandbytes(family):
+    dense_and_sparse(family, nf4_by_bitsandbytes)

@@ -145,13 +145,15 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
         Processes.joined("cuda")
 
 
-def launch(command, *options):
+def launch(command, *options, pipeline=None, method=SMALL):
     """`accelerate launch` of two processes; where there is no GPU they run on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launcher += ["--num_processes", "2", "--main_process_port", "0", "-m", "dit_sparse", command]
-    options = [*launcher, "-p", str(tiny_folder()), "-m", SMALL, "--json", *map(str, options)]
+    given = ["-p", pipeline or tiny_folder(), "-m", method, "--json", *options]
     root = Path(__file__).parents[1]
-    return subprocess.Popen(options, cwd=root, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*launcher, *map(str, given)], cwd=root, stdout=subprocess.PIPE, text=True
+    )
 
 
 TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU for two processes")

@@ -40,13 +40,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_wan(seed: int = 0) -> WanPipeline:
-    """Two layers, two heads of 16; 9 frames of 64x64 become 3 x 4 x 4 tokens."""
+def tiny_wan(seed: int = 0, head_dim: int = 16) -> WanPipeline:
+    """Two layers, two heads; 9 frames of 64x64 become 3 x 4 x 4 tokens."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
-        attention_head_dim=16,
+        attention_head_dim=head_dim,
         in_channels=16,
         out_channels=16,
         text_dim=32,

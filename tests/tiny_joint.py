@@ -27,11 +27,11 @@ HALF_SIZE = {"height": 40, "width": 56}  # for a CogVideoX VAE of one level less
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((112, 80))
 
 
-def hunyuan(**options):
+def hunyuan(head_dim=16, **options):
     return HunyuanVideoTransformer3DModel(
         **{"in_channels": 4, "out_channels": 4, "patch_size": 1} | options,
         num_attention_heads=2,
-        attention_head_dim=16,
+        attention_head_dim=head_dim,
         num_layers=2,
         num_single_layers=2,
         num_refiner_layers=1,
@@ -39,7 +39,7 @@ def hunyuan(**options):
         guidance_embeds=True,
         text_embed_dim=16,
         pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
+        rope_axes_dim=(head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8),
     ).eval()
 
 
