@@ -555,7 +555,7 @@ def main(arguments=None):
     if processes.several:
         own = {"settings": fixed, "records": [], "lines": {}}
         path = args.out.with_name(f"{args.out.stem}-process-{processes.number}.json")
-    methods = args.method or list(available_methods())
+    methods, failed = args.method or list(available_methods()), []
     done = {key(record) for record in result["records"]}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
@@ -567,14 +567,19 @@ def main(arguments=None):
         if processes.first and " ".join(place) not in result["lines"]:
             own["lines"][" ".join(place)] = lines(runner)
         for method in left:
-            own["records"] += run_method(runner, method, args.budgets, grid)
+            try:
+                own["records"] += run_method(runner, method, args.budgets, grid)
+            except Exception as error:  # the others go on
+                failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
+                print(failed[-1], flush=True)
             save(path, own)
     processes.end()
-    if not processes.first:
-        return
-    take_in(args, result)
-    if args.figure:
-        draw(result, args.figure)
+    if processes.first:
+        take_in(args, result)
+        if args.figure:
+            draw(result, args.figure)
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from environment import environment, version_of  # noqa: E402
 
-FILES = "test_composition_gpu.py", "test_engines.py", "test_kernels.py"
+FILES = "test_composition_gpu.py", "test_engines.py", "test_kernels.py", "test_host_cache.py"
 NOT_RUN = "not run"
 PACKAGES = "accelerate", "peft", "transformers", "bitsandbytes", "gguf", "torchao"
 
