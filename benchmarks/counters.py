@@ -3,21 +3,23 @@
     python benchmarks/counters.py --out benchmarks/results/counters_h200.json
 
 One launch of each kernel at full-size shapes under `ncu`, which must be on the path and allowed to
-read counters. Shares are of the peak over the kernel's time: of the tensor cores, of the unit that
-computes exponentials (XU), of issued instructions, of the L2 cache and of memory; `stalls` says
-how many cycles a warp waits for each instruction, and for what.
-What would mislead: ncu runs a kernel several times with other caches and clocks, so `us` is no
-time to publish; masks and inputs are random.
+read counters. Percentages are of the peak over the kernel's time: of the tensor cores, of the unit
+that computes exponentials (XU), of issued instructions, of the L2 cache and of memory; `stalls`
+says how many cycles a warp waits for each instruction, and for what. Resumable, case by case.
+What would mislead: ncu runs a kernel several times, alone and at full clocks, so `us` is no time
+to publish; masks and inputs are random.
 """
 
 import argparse
 import csv
-import io
 import json
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,45 +30,28 @@ from environment import environment  # noqa: E402
 
 SHAPES = {"wan-1.3b": (12, 32768, 128), "cogvideox-5b": (48, 17664, 64)}  # heads, tokens, head dim
 DENSITY = 0.2
-SECTIONS = (
-    "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats",
-    "Occupancy", "LaunchStats",
-)  # fmt: skip
 METRICS = {
     "us": "gpu__time_duration.sum",
-    "tensor": "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",
-    "tensor_busy": "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active",
-    "tensor_any": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "exponentials": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
     "fma": "sm__pipe_fma_cycles_active.avg.pct_of_peak_sustained_active",
     "alu": "sm__pipe_alu_cycles_active.avg.pct_of_peak_sustained_active",
     "issued": "sm__inst_issued.avg.pct_of_peak_sustained_active",
-    "sm": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2_sectors": "lts__t_sectors.sum",
-    "l2_hit": "lts__t_sector_hit_rate.pct",
-    "l1_to_l2": "lts__t_sectors_srcunit_tex.sum",
     "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
-    "shared_bytes": "launch__shared_mem_per_block",
 }
-STALL = "smsp__average_warps_issue_stalled_"
-STALL_END = "_per_issue_active.ratio"
-
-
-def cases(names: list[str]) -> Iterator[tuple[str, Callable]]:
-    """Name and call of every kernel at every shape; what is not installed is left out."""
-    for shape in SHAPES:
-        wanted = [name for name in names if name.startswith(shape)] if names else None
-        if wanted != []:
-            for kernel, call in kernels_at(shape):
-                if wanted is None or f"{shape} {kernel}" in wanted:
-                    yield f"{shape} {kernel}", call
-            torch.cuda.empty_cache()
+STALL, STALL_END = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
+STALLS = (
+    "wait", "barrier", "long_scoreboard", "short_scoreboard", "not_selected", "math_pipe_throttle",
+    "mio_throttle", "dispatch_stall", "gmma", "sleeping", "membar",
+)  # fmt: skip
 
 
 def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
+    """Name and call of every kernel; what is not installed is left out."""
     from masks import random_mask
 
     from dit_sparse import AdaSpa, sparse_attention
@@ -116,90 +101,75 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
     yield "selection 64", lambda: config.find_packed(scores, forced, tokens, 0.5)
 
 
-def launch(names: list[str]) -> None:
-    """What runs under ncu: every call twice, the second between the profiler's marks.
-
-    A spinning kernel goes before each, by which the launches of one case are told from the next's.
-    """
-    for name, call in cases(names):
-        try:
-            call()
-        except Exception as error:
-            print(f"left out {name}: {error}", file=sys.stderr)
-            continue
-        torch.cuda.synchronize()
-        print(f"case {name}", flush=True)
-        torch.cuda.profiler.start()
-        torch.cuda._sleep(1000)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+def launch(case: str) -> None:
+    """What runs under ncu: the call twice, the second between the profiler's marks."""
+    shape, _, kernel = case.partition(" ")
+    call = dict(kernels_at(shape))[kernel]
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
-def read(output: str) -> list[dict]:
-    """Records from what ncu printed: our own lines, then its table."""
+def measure(case: str) -> list[dict[str, Any]]:
+    """A record for each launch of the case."""
+    names = [*METRICS.values(), *(f"{STALL}{name}{STALL_END}" for name in STALLS)]
+    command = ["ncu", "--csv", "--page", "raw", "--profile-from-start", "off"]
+    command += ["--clock-control", "none", "--metrics", ",".join(names)]
+    command += [sys.executable, __file__, "--launch", case]
+    done = subprocess.run(command, capture_output=True, text=True)
+    records = [{"case": case} | record for record in read(done.stdout)]
+    return records or [{"case": case, "error": (done.stdout + done.stderr)[-500:]}]
+
+
+def read(output: str) -> list[dict[str, Any]]:
+    """Records from the table that ncu prints, whose second row holds units."""
     lines = output.splitlines()
-    names = [line.removeprefix("case ") for line in lines if line.startswith("case ")]
-    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if head is None:
-        raise SystemExit("ncu read no counters:\n" + "\n".join(lines[-20:]))
-    rows = list(csv.DictReader(io.StringIO("\n".join(lines[head:]))))[1:]  # a row of units first
-    records, case = [], -1
-    for row in rows:
-        if "spin" in row["Kernel Name"]:
-            case += 1
-            continue
-        found = {key: number(row[name]) for key, name in METRICS.items() if row.get(name)}
-        stalls = {
-            name.removeprefix(STALL).removesuffix(STALL_END): number(value)
-            for name, value in row.items()
-            if name.startswith(STALL) and name.endswith(STALL_END) and value
-        }
-        largest = sorted(stalls.items(), key=lambda item: -(item[1] or 0))[:5]
-        records.append(
-            {"case": names[case], "kernel": row["Kernel Name"].split("(")[0]}
-            | found
-            | {"stalls": dict(largest)}
-        )
+    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    records = []
+    for row in list(csv.DictReader(lines[head:]))[1:]:
+        found = {key: number(row.get(name)) for key, name in METRICS.items()}
+        found["us"] = found["us"] and found["us"] / 1000  # nanoseconds
+        stalls = {name: number(row.get(f"{STALL}{name}{STALL_END}")) or 0.0 for name in STALLS}
+        found["stalls"] = dict(sorted(stalls.items(), key=lambda item: -item[1])[:5])
+        records.append({"kernel": row["Kernel Name"].split("(")[0]} | found)
     return records
 
 
-def number(text: str) -> float | None:
+def number(text: str | None) -> float | None:
     try:
-        return float(text.replace(",", ""))
+        return float((text or "").replace(",", ""))
     except ValueError:
         return None
 
 
 def main() -> None:
     add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
-    add("--out", type=Path)
-    add("--case", action="append", default=[], help='"wan-1.3b triton 64", say; default: all')
-    add("--launch", action="store_true", help="only run the kernels: what ncu is given")
+    add("--out", type=Path, help="JSON file, continued where it exists")
+    add("--case", action="append", help='"wan-1.3b triton 64", say; default: all')
+    add("--seconds", type=float, default=1e9, help="no case begins later")
+    add("--launch", metavar="CASE", help="only run a kernel: what ncu is given")
     add("--commit", help="commit to record where there is no git")
     args = parser.parse_args()
     if args.launch:
-        return launch(args.case)
-    if not torch.cuda.is_available() or args.out is None:
-        sys.exit("this needs a GPU, Nsight Compute and --out FILE")
-    command = ["ncu", "--csv", "--page", "raw", "--profile-from-start", "off"]
-    command += ["--clock-control", "none"]
-    command += [argument for name in SECTIONS for argument in ("--section", name)]
-    command += ["--metrics", ",".join(METRICS.values())]
-    command += [sys.executable, __file__, "--launch"]
-    command += [argument for name in args.case for argument in ("--case", name)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stderr[-2000:], file=sys.stderr)
-    records = read(done.stdout)
-    for record in records:
-        print({key: value for key, value in record.items() if key != "stalls"}, flush=True)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "environment": environment(args.commit) | {"seed": 0, "density": DENSITY},
-        "metrics": METRICS,
-        "records": records,
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        return launch(args.launch)
+    if not torch.cuda.is_available() or shutil.which("ncu") is None or args.out is None:
+        sys.exit("this needs a GPU, Nsight Compute (ncu) and --out FILE")
+    result = json.loads(args.out.read_text()) if args.out.is_file() else {"records": []}
+    result |= {"question": __doc__.splitlines()[0], "metrics": METRICS}
+    result["environment"] = environment(args.commit) | {"seed": 0, "density": DENSITY}
+    done = {record["case"] for record in result["records"] if "error" not in record}
+    started = time.perf_counter()
+    every = [f"{shape} {kernel}" for shape in SHAPES for kernel, _ in kernels_at(shape)]
+    torch.cuda.empty_cache()
+    for case in args.case or every:
+        if case not in done and time.perf_counter() - started < args.seconds:
+            found = measure(case)
+            result["records"] = [r for r in result["records"] if r["case"] != case] + found
+            print(*found, sep="\n", flush=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

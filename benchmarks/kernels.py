@@ -157,7 +157,7 @@ class Bench:
 
     def wanted(self, key: dict[str, Any]) -> bool:
         """Whether there is time for it, and no record yet."""
-        name = key["engine"].split(" ")[0]
+        name = key["engine"].partition(" (")[0]  # a tile of a sweep belongs to its engine
         if self.engines and name not in self.engines:
             return False
         return not self.has(key) and not self.late()
@@ -547,7 +547,7 @@ def main() -> None:
     add("--shape", action="append", choices=[shape.name for shape in SHAPES])
     add("--mask", action="append", choices=KINDS)
     add("--density", action="append", type=float)
-    add("--engine", action="append", help="only these, beside the dense ones")
+    add("--engine", action="append", help='only these ("triton fp8", say), beside the dense ones')
     add("--sweep", action="store_true", help="time candidate tiles too")
     add("--skip-cases", action="store_true", help="do not run the correctness cases again")
     add("--skip-search", action="store_true", help="attention only")

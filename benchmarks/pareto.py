@@ -184,7 +184,8 @@ class Runner:
 
     def compare(self, frames):
         """Figures of clips against the dense ones."""
-        metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
+        with gpu_of(self.args.lock):
+            metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
         psnr = [IDENTICAL_DB if m.identical else m.psnr for m in metrics]
         lpips = [m.lpips for m in metrics]
         return {
@@ -469,8 +470,8 @@ def join(result, path):
     if other["settings"] != result["settings"]:
         raise SystemExit(f"{path} was made with other settings than the --out file")
     have = {key(record) for record in result["records"]}
-    commit = {"commit": other["environment"]["commit"]}
-    result["records"] += [commit | r for r in other["records"] if key(r) not in have]
+    made = {name: other["environment"][name] for name in ("commit", "gpu")}
+    result["records"] += [made | r for r in other["records"] if key(r) not in have]
     result["lines"] = other["lines"] | result["lines"]
     result.setdefault("environment", other["environment"])
 

@@ -128,6 +128,26 @@ def test_kernels():
     assert told in text("README.md") and told in text("docs/performance.md")
 
 
+def test_kernels_on_an_h200():
+    records, ratios = result("kernels_h200")["records"], {64: [], 128: []}
+    for name, cells in table("docs/performance.md", "shape, masks, density").items():
+        shape, masks, density = name.split(", ")
+        place = {"shape": SHAPES[shape], "mask": masks.split()[0]}
+        place |= {"density": float(density.split()[1])}
+        found = {
+            (record["block"][0], record["engine"]): record["tflops"]
+            for record in records
+            if place.items() <= record.items() and "tflops" in record
+        }
+        columns = [(64, "triton"), (64, "fa4"), (128, "triton"), (128, "fa4")]
+        assert are(cells, *(found[column] for column in columns))
+        for block in ratios:
+            ratios[block].append(found[block, "triton"] / found[block, "fa4"])
+    small, large = (f"{min(r):.2f} to {max(r):.2f} times" for r in ratios.values())
+    told = f"blocks of 64 ours are {small} as fast as flash-attn-4, with blocks of 128 {large}"
+    assert told in text("docs/performance.md")
+
+
 STEPS = {
     ("0.40", "0.32", "0.24"): {
         "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True, 0.2),

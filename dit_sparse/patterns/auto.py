@@ -64,7 +64,7 @@ class Auto(SparseConfig):
     search_at: tuple[float, ...] = (0.24, 0.49, 0.75)
     min_kept_mass: float | None = None
     residual: str | None = "fp8"
-    damping: float = 0.5
+    damping: float = 0.25
     cache_device: str = "model"
     max_cache_bytes: int | None = 4 * 2**30
     dense_if_faster: bool = True
