@@ -6,10 +6,10 @@ softmax as the keys that are kept. LLSA attends to such means of all blocks, who
 of those that are not attended to already, so nothing is counted twice. Multiply-adds:
 1 / tail_tokens of a dense call; nothing is kept between steps.
 
-By Jensen's inequality the tail holds less mass than what it stands for, less so with shorter means,
-and is left like that:
-tried on queries and keys of a small Wan, raising its logits by half the variance of a block's keys
-made outputs much worse, and shifting them to a mass measured some steps before a little worse.
+By Jensen's inequality the tail holds less mass than what it stands for, the less so the fewer
+tokens a mean has, and is left like that: tried on queries and keys of a small Wan, with means of
+whole blocks, raising its logits by half the variance of a block's keys made outputs much worse, and
+shifting them to a mass measured some steps before a little worse.
 """
 
 import torch
