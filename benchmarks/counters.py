@@ -90,7 +90,11 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
         if why_not("fa4", Problem(q.device, q.dtype, dim, blocks)) is None:
             yield f"fa4 {block}", lambda m=mask: sparse_attention(q, k, v, m, engine="fa4")
         if block == 64:
-            yield "tail 64", lambda m=mask, b=blocks: tail_attention(q, k, v, m)
+            for mean in (64, 16):
+                yield (
+                    f"tail {mean}",
+                    lambda m=mask, t=mean: tail_attention(q, k, v, m, tail_tokens=t),
+                )
     lse = torch.full((1, heads, tokens), 10.0, device="cuda")
     sampled = q[:, 4::8].contiguous()
     scores = torch.rand(1, heads, tokens // 64, tokens // 64, device="cuda")

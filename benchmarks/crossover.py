@@ -72,7 +72,8 @@ def rows_of(grid, heads, dim, methods, device, calls):
     plain = seconds_of(lambda: dense(query, key, value), device, calls)
     yield {**shape, "method": "dense", "kind": "dense", "seconds": plain}
     for method in methods:
-        layer = LayerAttention(State(), make_config(method, OPTIONS.get(method, {}))[0], 0, False)
+        config = make_config(method, OPTIONS.get(method, {}))[0]
+        layer = LayerAttention(State(), config, 0, False)
         layer.dense = dense
 
         def begin(step, state=layer.state):
@@ -92,7 +93,8 @@ def rows_of(grid, heads, dim, methods, device, calls):
             begin(step)
             found = seconds_of(call, device, count)
             density = float(next(iter(layer.state.kept.values())).mask.density.mean())
-            yield {**shape, "method": method, "kind": kind, "density": density, "seconds": found}
+            row = {**shape, "method": method, "kind": kind, "density": density}
+            yield row | {"tail_share": config.tail_share, "seconds": found}
 
 
 def fit(rows, method):
@@ -103,7 +105,8 @@ def fit(rows, method):
         over = []
         for row in found:
             shape = 1, row["tokens"], row["heads"], row["dim"]
-            features = features_of(kind, shape, row.get("density", 1.0))
+            density = row.get("density", 1.0) + row.get("tail_share", 0.0)
+            features = features_of(kind, shape, density)
             over.append([x / row["seconds"] for x in features])
         constants[kind] = [float(f"{x:.4g}") for x in not_negative(torch.tensor(over).double())]
     return constants

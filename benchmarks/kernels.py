@@ -475,6 +475,7 @@ def check_cases(bench: Bench) -> None:
     from kernel_cases import (
         CASES,
         EIGHT_BIT_CASES,
+        TAIL_CASES,
         check_8_bits,
         check_attention,
         check_mass,
@@ -487,6 +488,7 @@ def check_cases(bench: Bench) -> None:
 
     for case in CASES:
         run_case(bench, "case", case.name, partial(check_attention, case, "cuda"))
+    for case in CASES + TAIL_CASES:
         run_case(bench, "tail case", case.name, partial(check_tail, case, "cuda"))
     run_case(bench, "selection case", "7 blocks", partial(check_selection, "cuda"))
     many = partial(check_selection, "cuda", tokens=59456, heads=24, density=0.2)

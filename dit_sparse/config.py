@@ -71,6 +71,16 @@ class SparseConfig:
         return False
 
     @property
+    def tail_tokens(self) -> int:
+        """Tokens of each mean of a tail: whole blocks, unless a method has an option for it."""
+        return self.block_size
+
+    @property
+    def tail_share(self) -> float:
+        """Multiply-adds of the tail over those of a dense call, 0 without one."""
+        return 1 / self.tail_tokens if self.tail else 0.0
+
+    @property
     def corrections_on_cpu(self) -> bool:
         """Whether corrections are kept in host memory."""
         return False
@@ -151,9 +161,11 @@ class SparseConfig:
         """Attention cost of a run over that of dense, by its schedule; 1 is as dense.
 
         Args:
-            density: of sparse calls; above our own where more is always attended.
+            density: of sparse calls; above our own where more is always attended. A tail's share
+                is added.
             corrected: share of the layers that keep a correction.
         """
+        density += self.tail_share
         found, cost = None, 0.0
         for step in range(num_steps):
             schedule = self.search_at, found, self.every_step, self.apart

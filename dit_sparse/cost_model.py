@@ -13,7 +13,8 @@ import torch
 
 from .schedule import step_kind
 
-FEATURES = {  # of a call with n = batch x heads, S tokens, D channels, at a density
+# Of a call with n = batch x heads, S tokens, D channels, at a density that holds the tail's share.
+FEATURES = {
     "launches": lambda n, s, d, density: 1.0,
     "bytes": lambda n, s, d, density: n * s * d,
     "blocks": lambda n, s, d, density: n * s * s,

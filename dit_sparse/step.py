@@ -115,6 +115,7 @@ class LayerAttention:
         """Where the cost model expects sparse attention to be slower, a sentence that says so."""
         call, config = self.state.call, self.config
         density = max(config.density, call.grid.forced_share(config.block_size))
+        density += config.tail_share
         schedule = config.search_at, call.num_steps, config.apart
         speedup = predicted_speedup(self._shape(query), density, *schedule, query.device)
         if speedup is None or speedup >= 1:
@@ -248,11 +249,21 @@ class LayerAttention:
         )
         if not self.config.tail:
             return output, lse
-        given = output, lse, query, key, value, mask
-        return add_tail(*given, kv_len=kv_len, engine=engine, residual=residual)
+        return add_tail(
+            output,
+            lse,
+            query,
+            key,
+            value,
+            mask,
+            tail_tokens=self.config.tail_tokens,
+            kv_len=kv_len,
+            engine=engine,
+            residual=residual,
+        )
 
     def _tail_cost(self, mask: BlockMask) -> float:
-        return tail_cost(mask) if self.config.tail else 0.0
+        return tail_cost(mask, self.config.tail_tokens) if self.config.tail else 0.0
 
     def _of_all_heads(self, figures: Tensor | None, query: Tensor) -> Tensor | None:
         """(H here,) -> (H,); (1,) where all heads share a mask."""

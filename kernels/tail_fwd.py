@@ -1,13 +1,13 @@
-"""The tail of block-sparse attention: kv blocks that a mask leaves out, told by their means.
+"""The tail of block-sparse attention: blocks that a mask leaves out, told by means of their tokens.
 
-    logit[i, m] = scale * q[i] . pooled_key[m] + log(tokens in m),   m not kept by i's q block
+    logit[i, m] = scale * q[i] . pooled_key[m] + log(tokens in m),   m's block not kept by i's
 
 and the softmax over m weighs pooled values. A program may start from what the sparse part came to
 (its output and LSE are one state of the online softmax), so that both parts share one softmax and
 nothing is merged afterwards.
 
 Launch grid: (q tiles, heads, batch). A program keeps one q tile, reads its row of mask bits and
-walks all pooled keys: 1 / block_kv of a dense call. Limits are those of `block_sparse_fwd`.
+walks all pooled keys: 1 / tail_tokens of a dense call. Limits are those of `block_sparse_fwd`.
 """
 
 import torch
@@ -47,7 +47,7 @@ def from_fp8(bits):
     return tl.where(word < 128, magnitude, -magnitude)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_blocks", "max_kv_len"])
+@triton.jit(do_not_specialize=["q_len", "num_means", "max_kv_len"])
 def tail_fwd_kernel(
     q,
     k,
@@ -68,13 +68,14 @@ def tail_fwd_kernel(
     sparse_strides,
     out_strides,
     q_len,
-    kv_blocks,
+    num_means,
     max_kv_len,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    TAIL_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -113,11 +114,12 @@ def tail_fwd_kernel(
         + head.to(tl.int64) * bits_strides[1]
         + (q_start // BLOCK_Q).to(tl.int64) * bits_strides[2]
     )
-    for start in tl.range(0, kv_blocks, COLUMNS):
-        blocks = start + tl.arange(0, COLUMNS)
-        byte = tl.load(bits_row + blocks // 8, mask=blocks < kv_blocks, other=255)
+    for start in tl.range(0, num_means, COLUMNS):
+        means = start + tl.arange(0, COLUMNS)
+        blocks = means // (BLOCK_KV // TAIL_TOKENS)
+        byte = tl.load(bits_row + blocks // 8, mask=means < num_means, other=255)
         kept = (byte.to(tl.int32) >> (blocks % 8)) & 1
-        tokens = tl.minimum(kv_len - blocks * BLOCK_KV, BLOCK_KV)
+        tokens = tl.minimum(kv_len - means * TAIL_TOKENS, TAIL_TOKENS)
         dropped = (kept == 0) & (tokens > 0)
         # The softmax scales scores, so the count of tokens is divided by the scale.
         count = tl.log2(tl.maximum(tokens, 1).to(tl.float32)) / scale_log2  # (COLUMNS,)
@@ -128,7 +130,7 @@ def tail_fwd_kernel(
             batch,
             head,
             start,
-            kv_blocks,
+            num_means,
             HEAD_DIM,
             BLOCK_D,
             COLUMNS,
@@ -146,7 +148,7 @@ def tail_fwd_kernel(
             batch,
             head,
             start,
-            kv_blocks,
+            num_means,
             HEAD_DIM,
             BLOCK_D,
             COLUMNS,
@@ -187,21 +189,23 @@ def tail_fwd(
     *,
     block_size: tuple[int, int],
     max_kv_len: int,
+    tail_tokens: int | None = None,
     kv_len: Tensor | None = None,
     scale: float | None = None,
     sparse: tuple[Tensor, Tensor] | None = None,
     residual: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `query` over the means of the kv blocks that `bits` leaves out.
+    """Attention of `query` over means of the kv blocks that `bits` leaves out.
 
     Args:
         query: `(B, S, H, D)`, bfloat16, float16 or float32, any strides.
-        pooled_key, pooled_value: `(B, Nkv, H, D)` in the query's dtype, means over the valid
-            tokens of each block; finite everywhere.
+        pooled_key, pooled_value: `(B, ceil(max_kv_len / tail_tokens), H, D)` in the query's dtype,
+            means over the valid ones of as many tokens; finite everywhere.
         bits: `(B, H, Nq, ceil(Nkv / 8))` uint8, lowest bit first, 1 for a kept block. B and H may
             be 1 to share one mask.
         block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
         max_kv_len: tokens that the keys were pooled from; Nkv blocks hold them.
+        tail_tokens: that a mean speaks for, which divide block_kv; whole blocks by default.
         kv_len: `(B,)` int32, valid keys per sample; all by default.
         scale: softmax scale, 1 / sqrt(D) by default.
         sparse: output `(B, S, H, D)` and LSE `(B, H, S)` float32 of the kept blocks, to be
@@ -216,13 +220,14 @@ def tail_fwd(
     """
     check_tensors(query=query, pooled_key=pooled_key, pooled_value=pooled_value)
     check_block_size(block_size)
-    check_pooled(pooled_key, pooled_value, block_size[1], max_kv_len)
+    block_q, block_kv = block_size
+    tail_tokens = block_kv if tail_tokens is None else tail_tokens
+    check_pooled(pooled_key, pooled_value, block_kv, tail_tokens, max_kv_len)
     batch, q_len, heads, head_dim = query.shape
-    kv_blocks, device = pooled_key.shape[1], query.device
+    device = query.device
     scale = head_dim**-0.5 if scale is None else scale
     check_scale(scale)
-    block_q, block_kv = block_size
-    bits_shape = (batch, heads, -(-q_len // block_q), -(-kv_blocks // 8))
+    bits_shape = (batch, heads, -(-q_len // block_q), -(-max_kv_len // (8 * block_kv)))
     check_index("bits", bits, bits_shape, (torch.uint8,), device)
     bits = (bits if bits.stride(3) == 1 else bits.contiguous()).expand(bits_shape)
     if kv_len is not None:
@@ -277,13 +282,14 @@ def tail_fwd(
             sparse_strides=out.stride() if sparse_out is None else sparse_out.stride(),
             out_strides=out.stride(),
             q_len=q_len,
-            kv_blocks=kv_blocks,
+            num_means=pooled_key.shape[1],
             max_kv_len=max_kv_len,
             scale_log2=scale * LOG2_E,
             HEAD_DIM=head_dim,
             BLOCK_D=dim,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,
+            TAIL_TOKENS=tail_tokens,
             ROWS=rows,
             COLUMNS=columns,
             DESCRIPTORS=descriptors,
@@ -297,12 +303,19 @@ def tail_fwd(
     return out, lse
 
 
-def check_pooled(key: Tensor, value: Tensor, block_kv: int, max_kv_len: int) -> None:
-    """Raise `ValueError` unless both hold one mean for each block of `max_kv_len` tokens."""
-    blocks = -(-max_kv_len // block_kv)
-    if key.shape != value.shape or key.shape[1] != blocks:
+def check_pooled(
+    key: Tensor, value: Tensor, block_kv: int, tail_tokens: int, max_kv_len: int
+) -> None:
+    """Raise `ValueError` unless both hold one mean for `tail_tokens` of each block's tokens."""
+    if tail_tokens < 1 or block_kv % tail_tokens:
         raise ValueError(
-            f"pooled_key and pooled_value must hold {blocks} blocks, the means of {max_kv_len} "
-            f"tokens in blocks of {block_kv}, got {tuple(key.shape)} and {tuple(value.shape)}. "
-            "Pool both with the block size of the mask."
+            f"tail_tokens must divide the {block_kv} tokens of a kv block, got {tail_tokens}. "
+            "Choose 16, 32, 64 or 128, and no more than a block has."
+        )
+    means = -(-max_kv_len // tail_tokens)
+    if key.shape != value.shape or key.shape[1] != means:
+        raise ValueError(
+            f"pooled_key and pooled_value must hold {means} means, each of {tail_tokens} of "
+            f"{max_kv_len} tokens, got {tuple(key.shape)} and {tuple(value.shape)}. "
+            "Pool both with tail_tokens."
         )

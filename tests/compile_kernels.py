@@ -1,6 +1,6 @@
 """Compile the kernels as the launchers call them, for a GPU that is not here.
 
-    python tests/compile_kernels.py sm_90 [--all]
+    python tests/compile_kernels.py sm_90 [--all] [--only NAME]
 
 A stand-in driver names the target and every launch stops after compilation. Prints one line of
 JSON a kernel: shared memory in bytes and counts of instructions.
@@ -90,23 +90,29 @@ def launches(everything: bool, precisions: tuple[str, ...]):
                     f"sampled {name}",
                     lambda x=x, s=size: sampled_mass(x, x, s[0] // 8, s[1]),
                 )
-                means = torch.zeros(1, 512 // size[1], 2, head_dim, dtype=dtype)
-                bits = torch.zeros(1, 2, 512 // size[0], -(-means.shape[1] // 8), dtype=torch.uint8)
+                bits = torch.zeros(1, 2, 512 // size[0], -(-512 // size[1] // 8), dtype=torch.uint8)
+                for tokens in (size[1], 16):
+                    means = torch.zeros(1, 512 // tokens, 2, head_dim, dtype=dtype)
+                    yield (
+                        f"tail of {tokens} {name}",
+                        lambda x=x, m=means, b=bits, lse=lse, s=size, t=tokens: tail_fwd(
+                            x,
+                            m,
+                            m,
+                            b,
+                            block_size=s,
+                            max_kv_len=512,
+                            tail_tokens=t,
+                            sparse=(x, lse),
+                            residual=(x.to(torch.float8_e4m3fn), x[..., :1].float(), lse),
+                        ),
+                    )
+            for tokens in (128, 16):
+                yield f"pool of {tokens} {name}", lambda x=x, t=tokens: block_pool(x, t)
                 yield (
-                    f"tail {name}",
-                    lambda x=x, m=means, b=bits, lse=lse, s=size: tail_fwd(
-                        x,
-                        m,
-                        m,
-                        b,
-                        block_size=s,
-                        max_kv_len=512,
-                        sparse=(x, lse),
-                        residual=(x.to(torch.float8_e4m3fn), x[..., :1].float(), lse),
-                    ),
+                    f"pool of {tokens} keys and values {name}",
+                    lambda x=x, t=tokens: pool_keys_values(x, x, t),
                 )
-            yield f"pool {name}", lambda x=x: block_pool(x, 128)
-            yield f"pool of keys and values {name}", lambda x=x: pool_keys_values(x, x, 128)
     scores, kept = torch.zeros(1, 2, 4, 1000), torch.ones(1, 2, dtype=torch.int64)
     yield "top k", lambda: top_k(scores, kept, torch.zeros(4, 1000, dtype=torch.bool))
     budgets = 1, 2, 3, 0.8
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("target", help="such as sm_80, sm_90 or gfx942")
     parser.add_argument("--all", action="store_true", help="float32 and all head dims and blocks")
     parser.add_argument("--gluon", action="store_true", help="the Gluon kernel instead, for sm_90")
+    parser.add_argument("--only", action="append", help="again for each name; default: all")
     arguments = parser.parse_args()
 
     if arguments.target.startswith("sm_"):
@@ -169,6 +176,8 @@ def main() -> None:
     chosen = list(launches(arguments.all, eight_bits))
     if arguments.gluon:
         chosen = list(gluon_launches())
+    if arguments.only:
+        chosen = [launch for launch in chosen if launch[0] in arguments.only]
     for name, call in chosen:
         compiled.clear()
         call()

@@ -46,6 +46,7 @@ class Case:
     layout: str = "plain"
     index_dtype: torch.dtype = torch.int16
     scale: float | None = None
+    tail_tokens: int | None = None  # of a mean in the tail; whole blocks where None
 
 
 CASES = [
@@ -90,6 +91,24 @@ CASES = [
     Case("sliced", layout="sliced", batch=2),
     Case("last-axis-strided", layout="last-axis"),
     Case("sharp-scale", scale=1.0, dtype=FP16),
+]
+TAIL_CASES = [
+    Case("means-of-16", tail_tokens=16),
+    Case("means-of-16-d128", tail_tokens=16, head_dim=128, kv_len=333),
+    Case("means-of-16-fp32", tail_tokens=16, dtype=FP32, kv_len=300, block_size=(64, 128)),
+    Case("means-of-16-d33-empty-rows", tail_tokens=16, head_dim=33, kept="none", batch=2),
+    Case("means-of-16-kv-len", tail_tokens=16, batch=4, sample_lens=(140, 128, 1, 0)),
+    Case("means-of-16-shorter-than-one", tail_tokens=16, q_len=5, kv_len=7, kept="none", batch=2),
+    Case(
+        "means-of-32-kv-len-shared",
+        tail_tokens=32,
+        batch=3,
+        sample_lens=(290, 64, 65),
+        kv_len=300,
+        block_size=(128, 128),
+        shared=True,
+    ),
+    Case("means-of-32-sliced", tail_tokens=32, layout="sliced", batch=2, dtype=FP16),
 ]
 
 
@@ -404,20 +423,24 @@ def check_selection(device: str, tokens: int = 200, heads: int = 3, **options) -
 
 
 def check_pool(case: Case, device: str) -> dict[str, float]:
-    """Run `block_pool` on the query of `case` against float64 means; keys and values likewise."""
-    (query, key, value), block_q = draw(case, device)[:3], case.block_size[0]
-    want = torch.stack([part.double().mean(1) for part in query.split(block_q, 1)], 2)
-    pooled = block_pool(query, block_q)
-    assert pooled.shape == want.shape and pooled.dtype == torch.float32
-    error = max_error(pooled, want)
-    assert error <= 1e-6, f"{case.name}: pooled {error}"
+    """Run `block_pool` on the query of `case` against float64 means; keys and values likewise.
+
+    In its blocks, and in blocks of 16 tokens, of which a program pools several.
+    """
+    query, key, value = draw(case, device)[:3]
     last_place = torch.finfo(query.dtype).eps  # the interpreter cuts bf16 off
-    for x, means in zip((key, value), pool_keys_values(key, value, block_q)):
-        assert means.dtype == x.dtype
-        torch.testing.assert_close(
-            means.float(), block_pool(x, block_q), rtol=last_place, atol=1e-6
-        )
-    return {"pool": error}
+    errors = {}
+    for size in (case.block_size[0], 16):
+        want = torch.stack([part.double().mean(1) for part in query.split(size, 1)], 2)
+        pooled = block_pool(query, size)
+        assert pooled.shape == want.shape and pooled.dtype == torch.float32
+        errors[f"pool {size}"] = error = max_error(pooled, want)
+        assert error <= 1e-6, f"{case.name}: pooled by {size} {error}"
+        for x, means in zip((key, value), pool_keys_values(key, value, size)):
+            assert means.dtype == x.dtype
+            want = block_pool(x, size)
+            torch.testing.assert_close(means.float(), want, rtol=last_place, atol=1e-6)
+    return errors
 
 
 def pooled(x: Tensor, block_size: int, kv_len: Tensor | None) -> Tensor:
@@ -431,12 +454,14 @@ def pooled(x: Tensor, block_size: int, kv_len: Tensor | None) -> Tensor:
     return means.to(x.dtype)
 
 
-def tail_bias(case: Case, blocks: Tensor, kv_len: Tensor | None) -> Tensor:
-    """Log of the valid tokens of each block that is left out, else -inf: `(B, H, S, Nkv)`."""
-    valid = token_mask(case, torch.ones_like(blocks), kv_len)[:, :, :1].double()
-    tokens = torch.stack([part.sum(-1) for part in valid.split(case.block_size[1], -1)], -1)
-    kept = blocks.repeat_interleave(case.block_size[0], 2)[:, :, : case.q_len]
-    return tokens.log().masked_fill(kept, float("-inf"))
+def tail_bias(case: Case, blocks: Tensor, kv_len: Tensor | None, size: int) -> Tensor:
+    """Log of the valid tokens of each mean of `size` whose block is left out, else -inf.
+
+    `(B, H, S, means)`; which tokens are left out is counted one by one.
+    """
+    valid = token_mask(case, torch.ones_like(blocks), kv_len)
+    left_out = (valid & ~token_mask(case, blocks, None)).double()
+    return torch.stack([part.sum(-1) for part in left_out.split(size, -1)], -1).log()
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -454,8 +479,9 @@ def check_tail(case: Case, device: str) -> dict[str, float]:
     """
     query, key, value, blocks, kv_len = draw(case, device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    keys, values = (pooled(x, case.block_size[1], kv_len) for x in (key, value))
-    bias = tail_bias(case, blocks, kv_len)
+    size = case.tail_tokens or case.block_size[1]
+    keys, values = (pooled(x, size, kv_len) for x in (key, value))
+    bias = tail_bias(case, blocks, kv_len, size)
     mask = token_mask(case, blocks, kv_len)
     sparse, sparse_lse = oracle(query, key, value, mask, scale)
     sparse = sparse.to(case.dtype), sparse_lse.float()
@@ -466,7 +492,7 @@ def check_tail(case: Case, device: str) -> dict[str, float]:
             sparse,
             torch.cat([key, keys], 1),
             torch.cat([value, values], 1),
-            torch.cat([none, bias.expand(*mask.shape[:3], -1)], -1),
+            torch.cat([none, bias], -1),
         ),
     }
     bits = BlockMask.from_dense(blocks, case.q_len, case.kv_len, case.block_size).bits
@@ -482,6 +508,7 @@ def check_tail(case: Case, device: str) -> dict[str, float]:
             bits,
             block_size=case.block_size,
             max_kv_len=case.kv_len,
+            tail_tokens=case.tail_tokens,
             kv_len=kv_len,
             scale=case.scale,
             sparse=start,

@@ -52,8 +52,10 @@ def small_cases(device: str) -> Iterator[tuple[str, Callable]]:
     yield "sampled mass", partial(sampled_mass, query[:, ::8].contiguous(), key, 8, 64)
     yield "pool", partial(block_pool, query, 64)
     bits = BlockMask.from_dense(blocks, 140, 140, size).bits
-    means = [x.transpose(1, 2) for x in pool_keys_values(key, value, 64)]
-    yield "tail", partial(tail_fwd, query, *means, bits, block_size=size, max_kv_len=140)
+    for tokens, name in ((64, "tail"), (16, "tail of means of 16")):
+        means = [x.transpose(1, 2) for x in pool_keys_values(key, value, tokens)]
+        options = {"block_size": size, "max_kv_len": 140, "tail_tokens": tokens}
+        yield name, partial(tail_fwd, query, *means, bits, **options)
     scores = torch.rand(1, 2, 19, 19).to(device)
     kept = torch.full((1, 2), 5, dtype=torch.int32, device=device)
     forced = torch.eye(19, dtype=torch.bool).to(device)

@@ -8,7 +8,7 @@ import torch
 from test_wan import generate
 from tiny import tiny_wan
 
-from dit_sparse import cost_model, enable_sparse_attention
+from dit_sparse import cost_model, enable_sparse_attention, step
 from dit_sparse.cost_model import KINDS, features_of, known_constants, predicted_speedup
 
 CPU = torch.device("cpu")
@@ -67,6 +67,14 @@ def test_auto_stays_dense_where_sparse_would_be_slower(constants):
     assert handle.report().reuse_calls and not handle.report().notes
 
 
+def test_the_tail_is_asked_for_with_the_kept_blocks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step, "predicted_speedup", lambda of, density, *more: asked.append(density))
+    with enable_sparse_attention(pipe := tiny_wan(), density=0.5, block_size=32, tail_tokens=32):
+        generate(pipe)
+    assert asked == [0.5 + 1 / 32]
+
+
 def test_constants_are_fitted_from_times(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
@@ -77,9 +85,9 @@ def test_constants_are_fitted_from_times(tmp_path, monkeypatch):
         shape = {"heads": heads, "tokens": tokens, "dim": 64}
         pairs = heads * tokens**2 * 64
         rows.append({**shape, "method": "dense", "kind": "dense", "seconds": 1e-5 + 2e-14 * pairs})
-        more = {**shape, "method": "auto", "density": 0.1}
+        more = {**shape, "method": "auto", "density": 0.1, "tail_share": 0.05}
         rows.append({**more, "kind": "search", "seconds": 1e-4 + 3e-14 * pairs})
-        rows.append({**more, "kind": "reuse", "seconds": 5e-5 + 3e-14 * pairs * 0.1})
+        rows.append({**more, "kind": "reuse", "seconds": 5e-5 + 3e-14 * pairs * 0.15})
     out = tmp_path / "rows.json"
     out.write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(crossover, "MODEL", tmp_path / "model.json")

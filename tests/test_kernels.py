@@ -15,6 +15,7 @@ from kernel_cases import (  # noqa: E402
     CASES,
     EIGHT_BIT_CASES,
     FP32,
+    TAIL_CASES,
     Case,
     check_8_bits,
     check_attention,
@@ -182,6 +183,11 @@ def test_tail_is_as_exact_as_math_attention(case, path):
     check_tail(case, DEVICE)
 
 
+@pytest.mark.parametrize("case", TAIL_CASES, ids=lambda case: case.name)
+def test_tail_of_means_of_parts_of_blocks(case, path):
+    test_tail_is_as_exact_as_math_attention(case, path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tail_in_every_case(case, path):
@@ -190,7 +196,9 @@ def test_tail_in_every_case(case, path):
 
 def test_tail_reads_every_byte_of_the_mask():
     # 70 kv blocks: two tiles of pooled keys, the last byte of a row cut.
-    check_tail(Case("", q_len=70, kv_len=2230, block_size=(32, 32), heads=1), DEVICE)
+    case = Case("", q_len=70, kv_len=2230, block_size=(32, 32), heads=1)
+    for tail_tokens in (None, 16):
+        check_tail(replace(case, tail_tokens=tail_tokens), DEVICE)
 
 
 def test_no_tail_tile_when_lists_keep_only_full_blocks():
@@ -393,8 +401,11 @@ def test_tail_checks_its_arguments():
     x, means = torch.zeros(1, 100, 2, 64, device=DEVICE), torch.zeros(1, 2, 2, 64, device=DEVICE)
     bits = torch.zeros(1, 2, 2, 1, dtype=torch.uint8, device=DEVICE)
     options = {"block_size": (64, 64), "max_kv_len": 100}
-    with pytest.raises(ValueError, match="must hold 3 blocks"):
+    with pytest.raises(ValueError, match="must hold 3 means, each of 64 of 130 tokens"):
         tail_fwd(x, means, means, bits, block_size=(64, 64), max_kv_len=130)
+    for tail_tokens in (0, 48, 128):
+        with pytest.raises(ValueError, match=f"must divide the 64 .*, got {tail_tokens}"):
+            tail_fwd(x, means, means, bits, tail_tokens=tail_tokens, **options)
     with pytest.raises(ValueError, match=r"bits must have shape \(1, 2, 2, 1\)"):
         tail_fwd(x, means, means, bits[:, :, :1], **options)
     with pytest.raises(ValueError, match="sparse lse must have shape"):
@@ -441,6 +452,17 @@ def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
 def test_what_users_meet_first_fits_the_smallest_shared_memory(target):
     for kernel in compile_for(target):
         assert kernel["shared"] <= SHARED_MEMORY[target], kernel
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_tail_of_means_of_16_compiles(target):
+    names = [f"tail of 16 d{head_dim} torch.bfloat16 (64, 64)" for head_dim in (64, 128)]
+    only = [part for name in names for part in ("--only", name)]
+    found = compile_for(target, "--all", *only)
+    assert [kernel["kernel"] for kernel in found] == names
+    for kernel in found:
+        assert kernel["shared"] <= SHARED_MEMORY[target], kernel
+        assert (kernel["wgmma"] > 0) == (kernel["tma"] > 0) == (target == "sm_90"), kernel
 
 
 @pytest.mark.slow

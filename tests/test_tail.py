@@ -1,5 +1,7 @@
 """The tail, its kernel, and the method that uses it, against slow loops and exact oracles."""
 
+import math
+
 import pytest
 import torch
 from test_wan import generate
@@ -7,12 +9,14 @@ from tiny import tiny_wan
 from tiny_joint import PIPELINES
 
 from dit_sparse import (
+    AdaSpa,
     Auto,
     BlockMask,
     SolAttn,
     VideoGrid,
     enable_sparse_attention,
     sparse_attention,
+    step,
 )
 from dit_sparse import tail as tail_module
 from dit_sparse.api import make_config
@@ -22,7 +26,7 @@ from dit_sparse.patterns.search import Search
 from dit_sparse.reference import block_pool
 from dit_sparse.tail import add_tail, merge, tail_attention, tail_cost
 
-SIZES = [(64, 64), (32, 128)]
+MEANS = [((64, 64), None), ((64, 64), 16), ((32, 128), None), ((32, 128), 32)]
 
 
 def inputs(q_len=150, kv_len=150, heads=2, dim=16, batch=2):
@@ -40,8 +44,9 @@ def some_blocks(query, key, block_size, batch=2):
     return mask, BlockMask.from_dense(mask, query.shape[1], key.shape[1], block_size)
 
 
-def by_loops(query, key, value, mask, block_size, kv_len=None, kept=True):
-    """One query and one block at a time, float64: kept tokens, and one mean per dropped block."""
+def by_loops(query, key, value, mask, block_size, kv_len=None, kept=True, tail_tokens=None):
+    """One query and one block at a time, float64: kept tokens, and means of dropped blocks."""
+    tail_tokens = tail_tokens or block_size[1]
     output = torch.zeros(query.shape, dtype=torch.float64)
     lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), -torch.inf).double()
     for b in range(query.shape[0]):
@@ -55,10 +60,10 @@ def by_loops(query, key, value, mask, block_size, kv_len=None, kept=True):
                     if len(keys) == 0:
                         continue
                     if not mask[b, h, i // block_size[0], j]:
-                        keys, vals = keys.mean(0, keepdim=True), vals.mean(0, keepdim=True)
-                        count = torch.tensor(float(span.stop - span.start)).double().log()
-                        logits.append(keys @ query[b, i, h].double() * 16**-0.5 + count)
-                        values.append(vals)
+                        for k, v in zip(keys.split(tail_tokens), vals.split(tail_tokens)):
+                            logit = k.mean(0) @ query[b, i, h].double() * 16**-0.5
+                            logits.append((logit + math.log(len(k))).reshape(1))
+                            values.append(v.mean(0, keepdim=True))
                     elif kept:
                         logits.append(keys @ query[b, i, h].double() * 16**-0.5)
                         values.append(vals)
@@ -77,31 +82,69 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("kv_len", [None, (150, 65)])
-@pytest.mark.parametrize("block_size", SIZES)
-def test_tail_equals_loops_over_dropped_blocks(block_size, kv_len, monkeypatch):
+@pytest.mark.parametrize(("block_size", "tail_tokens"), MEANS)
+def test_tail_equals_loops_over_dropped_blocks(block_size, tail_tokens, kv_len, monkeypatch):
     query, key, value = inputs()
     mask, packed = some_blocks(query, key, block_size)
     kv_len = None if kv_len is None else torch.tensor(kv_len)
-    whole = tail_attention(query, key, value, packed, kv_len=kv_len)
+    options = {"kv_len": kv_len, "tail_tokens": tail_tokens}
+    whole = tail_attention(query, key, value, packed, **options)
     for found, expected in zip(
-        whole, by_loops(query, key, value, mask, block_size, kv_len, kept=False)
+        whole, by_loops(query, key, value, mask, block_size, kept=False, **options)
     ):
         close(found, expected)
     monkeypatch.setattr(tail_module, "CHUNK_ELEMENTS", 1)  # one block of rows at a time
-    for part, found in zip(tail_attention(query, key, value, packed, kv_len=kv_len), whole):
+    for part, found in zip(tail_attention(query, key, value, packed, **options), whole):
         close(part, found)
 
 
 @pytest.mark.parametrize("kv_len", [None, (150, 65)])
-@pytest.mark.parametrize("block_size", SIZES)
-def test_sparse_part_and_tail_share_one_softmax(block_size, kv_len):
+@pytest.mark.parametrize(("block_size", "tail_tokens"), MEANS)
+def test_sparse_part_and_tail_share_one_softmax(block_size, tail_tokens, kv_len):
     query, key, value = inputs()
     mask, packed = some_blocks(query, key, block_size)
     kv_len = None if kv_len is None else torch.tensor(kv_len)
     part = sparse_attention(query, key, value, packed, kv_len=kv_len, return_lse=True)
-    both = add_tail(*part, query, key, value, packed, kv_len=kv_len)
-    for found, expected in zip(both, by_loops(query, key, value, mask, block_size, kv_len)):
+    options = {"kv_len": kv_len, "tail_tokens": tail_tokens}
+    both = add_tail(*part, query, key, value, packed, **options)
+    for found, expected in zip(both, by_loops(query, key, value, mask, block_size, **options)):
         close(found, expected)
+
+
+def test_means_of_whole_blocks_are_the_default_and_of_one_token_are_dense():
+    query, key, value = inputs()
+    _, packed = some_blocks(query, key, (64, 64))
+    for found, expected in zip(
+        tail_attention(query, key, value, packed, tail_tokens=64),
+        tail_attention(query, key, value, packed),
+    ):
+        assert found.equal(expected)
+    part = sparse_attention(query, key, value, packed, return_lse=True)
+    every = add_tail(*part, query, key, value, packed, tail_tokens=1, engine="torch")
+    for found, expected in zip(every, dense_attention_with_lse(query, key, value)):
+        close(found, expected)
+
+
+def test_shorter_means_hold_more_of_the_mass_and_never_too_much():
+    query, key, value = inputs(kv_len=256)
+    mask, packed = some_blocks(query, key, (64, 128))
+    of_size = [
+        tail_attention(query, key, value, packed, tail_tokens=size)[1] for size in (128, 64, 32, 16)
+    ]
+    rest = BlockMask.from_dense(~mask, 150, 256, (64, 128))
+    of_size.append(sparse_attention(query, key, value, rest, return_lse=True)[1])
+    dropping = of_size[-1].isfinite()
+    for fewer, more in zip(of_size, of_size[1:]):
+        gained = (more - fewer)[dropping]
+        assert (gained > -1e-6).all() and gained.mean() > 1e-3
+
+
+@pytest.mark.parametrize("tail_tokens", [0, 48, 128])
+def test_a_mean_lies_within_one_block(tail_tokens):
+    query, key, value = inputs()
+    packed = BlockMask.full(150, 150)
+    with pytest.raises(ValueError, match=f"must divide the 64 .*, got {tail_tokens}"):
+        tail_attention(query, key, value, packed, tail_tokens=tail_tokens)
 
 
 def test_tail_of_a_mask_that_keeps_everything_is_empty():
@@ -179,16 +222,17 @@ def test_tail_brings_the_output_nearer_to_dense_where_blocks_are_compact():
         assert (ours - want).norm() < 0.2 * (without - want).norm()
 
 
-def test_cost_is_one_mean_for_every_block():
+def test_cost_is_that_of_all_means():
     _, packed = some_blocks(*inputs()[:2], (64, 64))
-    assert tail_cost(packed) == 3 / 150
+    assert tail_cost(packed, 64) == 3 / 150 and tail_cost(packed, 16) == 10 / 150
 
 
 # ------------------------------------------------------------------------------------- the kernel
 
 
+@pytest.mark.parametrize("tail_tokens", [None, 16])
 @pytest.mark.parametrize("residual", [None, "model", "fp8", "fp8 and rho"])
-def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
+def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual, tail_tokens):
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         pytest.importorskip("dit_sparse.kernels.dot")
@@ -202,16 +246,17 @@ def test_kernel_path_equals_torch_with_padding_of_nan(monkeypatch, residual):
         rho = torch.rand_like(part[1]) if residual == "fp8 and rho" else None
         fp8 = residual.startswith("fp8")
         residual = measure_residual(torch.randn_like(query), query * 0, fp8, rho)
-    more = {"kv_len": kv_len, "residual": residual}
+    options = {"kv_len": kv_len, "tail_tokens": tail_tokens}
+    more = options | {"residual": residual}
     expected = add_tail(*part, query, key, value, packed, engine="torch", **more)
-    alone = tail_attention(query, key, value, packed, kv_len=kv_len, engine="torch")
+    alone = tail_attention(query, key, value, packed, engine="torch", **options)
     key[1, 70:] = value[1, 70:] = float("nan")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(tail_module, "own_engine", lambda *a: "triton")
     for found, want in zip(add_tail(*part, query, key, value, packed, **more), expected):
         close(found, want)
-    for found, want in zip(tail_attention(query, key, value, packed, kv_len=kv_len), alone):
+    for found, want in zip(tail_attention(query, key, value, packed, **options), alone):
         close(found, want)
 
 
@@ -323,6 +368,30 @@ def test_sol_attn_keeps_what_is_near_the_best_mean(density):
     assert found.cost == 20**2 / (2 * 640**2)
 
 
+def test_means_are_of_whole_blocks_but_for_auto():
+    assert SolAttn(block_size=32).tail_tokens == 32 and SolAttn().tail_share == 1 / 64
+    assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 16
+    assert Auto(tail_tokens=32).tail_share == 1 / 32 and AdaSpa().tail_share == 0
+    with pytest.raises(ValueError, match="tail_tokens must be one of 16, 32, 64, 128, got 48"):
+        Auto(tail_tokens=48)
+    with pytest.raises(ValueError, match="at most block_size, 32, got 64: choose"):
+        Auto(block_size=32, tail_tokens=64)
+
+
+def test_auto_hands_its_means_to_the_tail(monkeypatch):
+    asked, pipe = set(), tiny_wan()
+
+    def recorded(*arguments, tail_tokens, **options):
+        asked.add(tail_tokens)
+        return add_tail(*arguments, tail_tokens=tail_tokens, **options)
+
+    monkeypatch.setattr(step, "add_tail", recorded)
+    for method in (Auto(block_size=32), SolAttn(block_size=32)):
+        with enable_sparse_attention(pipe, method):
+            generate(pipe)
+    assert asked == {16, 32}
+
+
 def test_both_keep_text_and_own_blocks():
     grid = VideoGrid(5, 8, 16, text_tokens=30, text_first=True)
     for method in (Auto, SolAttn):
@@ -390,7 +459,7 @@ def test_a_residual_brings_the_video_nearer_to_dense():
 
 def test_cost_and_bytes_with_and_without_a_residual():
     options = {"density": 0.5, "block_size": 32, "search_at": (0.3, 0.8)}  # of 6 steps: 2, 5
-    tail, blocks, tokens, heads = 4 / 108, 4, 108, 2
+    tail, blocks, tokens, heads = 7 / 108, 4, 108, 2  # means of 16 tokens
     bits = heads * blocks
     expected = {  # bytes of a layer and branch
         "fp8": bits + tokens * heads * (16 + 8),

@@ -1,8 +1,8 @@
-"""Masks from sampled rows, the rest told by block means, and what is still missing added.
+"""Masks from sampled rows, the rest told by means, and what is still missing added.
 
 No paper of its own; its parts: block mass from 8 query rows of each 64 (`score.sampled_rows`, 0.125
-of dense attention), the same number of the heaviest blocks in every row, a tail of block means over
-the blocks left out (the enrichment of LLSA, restricted to those; `dit_sparse/tail.py`), and a
+of dense attention), the same number of the heaviest blocks in every row, a tail of means over the
+blocks left out (the enrichment of LLSA, restricted to those; `dit_sparse/tail.py`), and a
 residual as in Re-ttention (2505.22918), here R = O_dense - g O with O the sparse output with its
 tail. Later outputs are g O + R: g = (share of a row's softmax mass that O stands for)^damping lets
 less of what changes in O through where O stands for less of the row.
@@ -11,6 +11,7 @@ less of what changes in O through where O stands for less of the row.
   used, and R is kept in fp8 with a scale per row, a quarter of float32's bytes and half of bf16's;
   g is a float32 a row.
 - A search of a layer without one runs sparse at once.
+- A block left out is told by a mean of each `tail_tokens` of its tokens, by default four of them.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
 - Runs of few steps leave out searches that come less than three steps after another: they would
@@ -31,6 +32,7 @@ from .score import Scores, sampled_rows
 from .search import Found, Search
 from .select import kept_share, most_kept, pack_rows, packs, top_k_rows, top_p_rows
 
+TAIL_TOKENS = (16, 32, 64, 128)
 RESIDUALS = ("fp8", "model", None)
 # What benchmarks/pareto.py found best at costs of 0.66, 0.47 and 0.31 on the small Wan.
 TARGETS: dict[str, dict] = {
@@ -42,13 +44,15 @@ TARGETS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Auto(SparseConfig):
-    """Mass of sampled rows, per-row top-k, a tail of block means, a residual where memory allows.
+    """Mass of sampled rows, per-row top-k, a tail of means, a residual where memory allows.
 
     `target="fidelity"`, `"balanced"` (the defaults) or `"speed"` sets density and search_at.
 
     Args:
         min_kept_mass: rows of blocks keep as many more than `density` as hold this share of their
             softmax mass at the search, 0.9 say; what that costs, the report tells.
+        tail_tokens: tokens whose mean speaks for them where their block is left out, 16, 32, 64 or
+            128, at most block_size: fewer are nearer to dense, and cost more.
         residual: how what the sparse output lacks is kept between searches: "fp8", "model" (the
             model's dtype), or None for the tail alone.
         damping: exponent of the share of mass that scales sparse outputs where a residual is kept;
@@ -63,6 +67,7 @@ class Auto(SparseConfig):
     density: float = 0.1
     search_at: tuple[float, ...] = (0.24, 0.49, 0.75)
     min_kept_mass: float | None = None
+    tail_tokens: int = 16
     residual: str | None = "fp8"
     damping: float = 0.25
     cache_device: str = "model"
@@ -71,7 +76,7 @@ class Auto(SparseConfig):
 
     paper: ClassVar[str] = "ours; parts of AdaSpa, LLSA and Re-ttention"
     cost: ClassVar[str] = (
-        "reuse: density + 1 / block size (the tail); a search 0.125 more, and 1 more in layers"
+        "reuse: density + 1 / tail_tokens (the tail); a search 0.125 more, and 1 more in layers"
         " that keep a residual"
     )
     memory: ClassVar[str] = (
@@ -95,6 +100,12 @@ class Auto(SparseConfig):
         super().__post_init__()
         flag("dense_if_faster", self.dense_if_faster)
         one_of("cache_device", self.cache_device, CACHE_DEVICES)
+        one_of("tail_tokens", self.tail_tokens, TAIL_TOKENS)
+        if self.tail_tokens > self.block_size:
+            raise ValueError(
+                f"tail_tokens is at most block_size, {self.block_size}, got {self.tail_tokens}:"
+                " choose fewer tokens for a mean or larger blocks"
+            )
         if self.residual not in RESIDUALS:
             raise ValueError(f'residual must be "fp8", "model" or None, got {self.residual!r}')
         if self.min_kept_mass is not None:
