@@ -72,7 +72,7 @@ def variants(config):
     options = config.to_dict()
     yield "auto", config
     yield "without tail", WithoutTail(**options)
-    for tokens in (32, 64):
+    for tokens in (16, 64):
         yield f"means of {tokens} tokens", replace(config, tail_tokens=tokens)
     yield "without residual", replace(config, residual=None)
     yield "without both", WithoutTail(**options | {"residual": None})

@@ -19,7 +19,8 @@ def printed(*rows):
 
 
 def test_a_record_for_each_launch():
-    found = counters.read(printed(["0", "fwd(int)", "2,358,720", "83.9", "1.3"], ["1", "b", *"123"]))
+    rows = ["0", "fwd(int)", "2,358,720", "83.9", "1.3"], ["1", "b", *"123"]
+    found = counters.read(printed(*rows))
     assert [record["kernel"] for record in found] == ["fwd", "b"]
     assert found[0]["us"] == 2358.72 and found[0]["l2"] == 83.9 and found[0]["tensor"] is None
     assert next(iter(found[0]["stalls"].items())) == ("wait", 1.3)

@@ -76,6 +76,27 @@ def test_parts_of_auto():
     assert rows == {r["method"]: [f"{r['psnr']:.1f}"] for r in records}
 
 
+def test_damping_and_finer_means():
+    gained = {}
+    for box in BOXES:
+        records = [r for r in result("damping_h200")["records"] if r["pipeline"] == box]
+        before = {
+            (*r["search_at"], r["density"]): r["latent_psnr"]
+            for r in records
+            if (r["damping"], r["tail_tokens"]) == (0, 64)
+        }
+        for r in records:
+            gain = r["latent_psnr"] - before[*r["search_at"], r["density"]]
+            of = f"{r['damping']:g}, {r['tail_tokens']}"
+            gained.setdefault(of, {}).setdefault(box, []).append(gain)
+    for name, cells in table("docs/log.md", "damping, means of").items():
+        for cell, gains in zip(cells, gained[name].values(), strict=True):
+            mean = sum(gains) / len(gains)
+            assert are(re.findall(r"-?[0-9.]+", cell), mean, min(gains), max(gains))
+    means = [sum(gains) / len(gains) for gains in gained["0.25, 32"].values()]
+    assert f"{min(means):.1f} to {max(means):.1f} dB nearer to dense" in text("README.md")
+
+
 def test_several_gpus():
     schedules = result("ulysses_h100x2")["schedules"]
     gain = f"{schedules[0]['speedup_by_gpus']:.2f} times as fast as one"
