@@ -370,8 +370,8 @@ def test_sol_attn_keeps_what_is_near_the_best_mean(density):
 
 def test_means_are_of_whole_blocks_but_for_auto():
     assert SolAttn(block_size=32).tail_tokens == 32 and SolAttn().tail_share == 1 / 64
-    assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 16
-    assert Auto(tail_tokens=32).tail_share == 1 / 32 and AdaSpa().tail_share == 0
+    assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 32
+    assert Auto(tail_tokens=16).tail_share == 1 / 16 and AdaSpa().tail_share == 0
     with pytest.raises(ValueError, match="tail_tokens must be one of 16, 32, 64, 128, got 48"):
         Auto(tail_tokens=48)
     with pytest.raises(ValueError, match="at most block_size, 32, got 64: choose"):
@@ -386,7 +386,7 @@ def test_auto_hands_its_means_to_the_tail(monkeypatch):
         return add_tail(*arguments, tail_tokens=tail_tokens, **options)
 
     monkeypatch.setattr(step, "add_tail", recorded)
-    for method in (Auto(block_size=32), SolAttn(block_size=32)):
+    for method in (Auto(block_size=32, tail_tokens=16), SolAttn(block_size=32)):
         with enable_sparse_attention(pipe, method):
             generate(pipe)
     assert asked == {16, 32}
@@ -459,7 +459,7 @@ def test_a_residual_brings_the_video_nearer_to_dense():
 
 def test_cost_and_bytes_with_and_without_a_residual():
     options = {"density": 0.5, "block_size": 32, "search_at": (0.3, 0.8)}  # of 6 steps: 2, 5
-    tail, blocks, tokens, heads = 7 / 108, 4, 108, 2  # means of 16 tokens
+    tail, blocks, tokens, heads = 4 / 108, 4, 108, 2  # means of 32 tokens
     bits = heads * blocks
     expected = {  # bytes of a layer and branch
         "fp8": bits + tokens * heads * (16 + 8),
