@@ -142,10 +142,20 @@ def gluon_launches():
 
 
 def is_serialized(ptx: str) -> bool:
-    """Whether ptxas says that it lets no two matrix products overlap."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [str(ptxas), "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
-    return "serialized" in subprocess.run(command, input=ptx, capture_output=True, text=True).stderr
+    """Whether ptxas says that it lets no two matrix products overlap.
+
+    Raises:
+        RuntimeError: no ptxas of Triton takes the code.
+    """
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    told = ""
+    for ptxas in sorted(folder.glob("ptxas*")):  # older GPUs and Blackwell may have their own
+        command = [str(ptxas), "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
+        done = subprocess.run(command, input=ptx, capture_output=True, text=True)
+        told += done.stdout + done.stderr
+        if done.returncode == 0:
+            return "serialized" in done.stdout + done.stderr
+    raise RuntimeError(f"no ptxas in {folder} takes the code: {told[-500:]}")
 
 
 def main() -> None:
