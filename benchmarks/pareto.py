@@ -289,7 +289,7 @@ def settings(runner, method, cls, grid):
     also = {"dense_if_faster": False} if method == "auto" else {}
     if method == "seerattention":
         also["gate"] = str(gates(runner))
-    # where a density only caps, another option is swept over as many values
+    # where a density only caps, or goes with another option, as many values of that are swept
     for swept in cls.swept or [{"density": density} for density in grid["densities"]]:
         options = swept | also
         for warm_up in grid["warm_ups"]:

@@ -55,7 +55,7 @@ class SparseConfig:
     cost: ClassVar[str] = ""  # formula of one sparse call, in words
     memory: ClassVar[str] = "mask bits B H N^2 / 8 bytes a layer and branch"
     published: ClassVar[dict[str, dict]] = {}  # options of the paper, by the model they are for
-    swept: ClassVar[tuple[dict, ...]] = ()  # what to try in place of densities, where they only cap
+    swept: ClassVar[tuple[dict, ...]] = ()  # what benchmarks try in place of densities
     apart: ClassVar[int] = 1  # steps from one search to the next, at least
     targets: ClassVar[dict[str, dict]] = {}  # options that `target=NAME` stands for
     uses_lse: ClassVar[bool] = False  # True where a search needs the log-sum-exp of dense attention

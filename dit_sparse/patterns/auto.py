@@ -85,6 +85,12 @@ class Auto(SparseConfig):
         " branch: 23 GB for HunyuanVideo 720p, cut to max_cache_bytes"
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
+    swept: ClassVar[tuple[dict, ...]] = (  # finer means are for where few blocks are kept
+        {"density": 0.05, "tail_tokens": 64},
+        {"density": 0.05, "tail_tokens": 16},
+        {"density": 0.1},
+        {"density": 0.2},
+    )
     apart: ClassVar[int] = 3
     search_cost: ClassVar[float] = 0.125
     tail: ClassVar[bool] = True
