@@ -103,10 +103,11 @@ def has_fast_descriptors(device: torch.device) -> bool:
 
 def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can address `x (B, S, H, D)`: base and strides in multiples of 16 bytes."""
-    pairs = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return x.data_ptr() % 16 == 0 and all(
-        size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0) for size, stride in pairs
-    )
+    width = 16 // x.element_size()
+    for size, stride in zip(x.shape[:3], x.stride()[:3]):
+        if size > 1 and (stride <= 0 or stride % width):
+            return False
+    return x.data_ptr() % 16 == 0
 
 
 def load_path(*tensors: Tensor) -> str:
@@ -157,7 +158,7 @@ def check_tensors(**tensors: Tensor) -> None:
                 f"{name} must match {first_name} ({first.dtype} on {first.device}), "
                 f"got {x.dtype} on {x.device}. Convert or move it first."
             )
-        if (x.shape[0], x.shape[2:]) != (first.shape[0], first.shape[2:]):
+        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
             raise ValueError(
                 f"{name} must have the B, H and D of {first_name} {tuple(first.shape)}, "
                 f"got {tuple(x.shape)}. Repeat shared heads first."

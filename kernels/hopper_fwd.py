@@ -16,6 +16,8 @@ not run in Triton's interpreter: `block_sparse_fwd_kernel` is its specification,
 GPU compare the two.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -203,17 +205,22 @@ def hopper_fwd_kernel(
     )
 
 
+@functools.cache  # every call asks for the same few, and making one takes as long as a launch
+def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], GLUON_DTYPES[dtype])
+
+
 def describe(x: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of `x (B, S, H, D)` as `(B, H, S, D)` in the layout that wgmma reads."""
     batch, seqlen, heads, head_dim = x.shape
-    block = [1, 1, rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[x.dtype])
+    layout = shared_layout(rows, head_dim, x.dtype)
     strides = [
         stride if size > 1 else head_dim  # any legal stride serves an axis of length 1
         for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     ]
     shape = [batch, heads, seqlen, head_dim]
-    return TensorDescriptor(x, shape, [strides[0], strides[2], strides[1], 1], block, layout)
+    block, strides = [1, 1, rows, head_dim], [strides[0], strides[2], strides[1], 1]
+    return TensorDescriptor(x, shape, strides, block, layout)
 
 
 def hopper_fwd(
