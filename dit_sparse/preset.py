@@ -17,11 +17,15 @@ from .generation import Clip, generate_clip, write_json
 from .method_spec import MethodSpec
 from .metrics import as_clip, psnr
 from .patterns import METHODS
+from .patterns.auto import Auto
 
 SUFFIX = ".json"
-SCHEMA = 1
+SCHEMA = 2
+# What `auto` did before it had these options: older presets were calibrated with it.
+BEFORE_SCHEMA_2: dict[str, Any] = {"tail_tokens": 64, "damping": 0.0}
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR
-# Of `auto`, from cheap to dear; of each cost the best on the small pipelines.
+# Of `auto`, from cheap to dear; of each cost the best on the small pipelines, with means of 64
+# tokens and without damping.
 LADDER: tuple[dict[str, Any], ...] = tuple(
     {"density": density, "search_at": search_at}
     for density, search_at in (
@@ -68,7 +72,7 @@ def read_preset(path: str | Path) -> Preset:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         preset = Preset(stored["method"], dict(stored["options"]))
-        known = stored["schema"] == SCHEMA and preset.method in METHODS
+        known = stored["schema"] in (1, SCHEMA) and preset.method in METHODS
     except OSError as error:
         raise ValueError(f"cannot read the preset {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -77,6 +81,8 @@ def read_preset(path: str | Path) -> Preset:
         ) from error
     if not known:
         raise ValueError(f"{file} is a preset of another version of dit_sparse: calibrate again")
+    if stored["schema"] == 1 and preset.method == "auto":
+        preset.options = BEFORE_SCHEMA_2 | preset.options
     return preset
 
 
@@ -116,7 +122,8 @@ def find_preset(
         "wanted_psnr": wanted,
         "trials": [*map(asdict, tried)],
     }
-    return Preset("auto", LADDER[low], evidence), tried
+    # with every option, since another version may have other defaults
+    return Preset("auto", Auto(**LADDER[low]).to_dict(), evidence), tried
 
 
 def try_setting(

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_folder, tiny_wan
 from typer.testing import CliRunner
 
-from dit_sparse import Auto, enable_sparse_attention, preset
+from dit_sparse import AdaSpa, Auto, enable_sparse_attention, preset
 from dit_sparse.api import make_config
 from dit_sparse.cli import app
 from dit_sparse.preset import LADDER, Trial, find_preset, read_preset
@@ -34,7 +34,7 @@ def test_the_cheapest_rung_that_reaches_it_is_found(monkeypatch, no_video, wante
     found, trials = find_preset(None, {}, [("a", 0)], wanted)
     reached = [rung for rung in range(7) if psnr[rung] >= wanted]
     assert len(asked) == len(set(asked)) <= 3 and len(trials) == len(asked)
-    assert found is None if not reached else found.options == LADDER[reached[0]]
+    assert found is None if not reached else found.options == Auto(**LADDER[reached[0]]).to_dict()
 
 
 def test_what_costs_more_than_dense_is_no_preset(monkeypatch, no_video):
@@ -67,6 +67,15 @@ def test_a_file_is_a_method(tmp_path):
     assert name == "auto" and config == Auto(density=0.35, search_at=(0.1, 0.5), residual=None)
     with enable_sparse_attention(tiny_wan(), str(path)) as handle:
         assert handle.method == "auto" and handle.config.density == 0.35
+
+
+def test_a_preset_of_an_earlier_version_keeps_its_meaning(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"schema": 1, "method": "auto", "options": {"density": 0.2}}))
+    assert make_config(str(path), {})[0] == Auto(density=0.2, tail_tokens=64, damping=0)
+    assert make_config(str(path), {"damping": 0.5})[0].damping == 0.5
+    path.write_text(json.dumps({"schema": 1, "method": "adaspa", "options": {"density": 0.2}}))
+    assert make_config(str(path), {})[0] == AdaSpa(density=0.2)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +115,8 @@ def test_the_command_saves_a_preset_or_says_why_not(tmp_path):
     assert result.exit_code == 0, result.output
     stored = json.loads(path.read_text())
     assert stored["evidence"]["wanted_psnr"] == 1 and stored["evidence"]["environment"]["dtype"]
-    assert make_config(str(path), {})[0].density == LADDER[0]["density"]
+    assert set(stored["options"]) == set(Auto.options())  # whatever becomes of the defaults
+    assert make_config(str(path), {})[0] == Auto(**LADDER[0])
     result = invoke("--psnr", 500, "--out", path)
     assert result.exit_code == 1 and "generate densely" in result.output
     result = invoke("--psnr", 20, "--density", 0.1)
