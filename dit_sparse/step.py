@@ -192,8 +192,9 @@ class LayerAttention:
             sparse, sparse_lse = self._attend(query, key, value, mask)
             correction = config.correction(output, lse, sparse, sparse_lse)
             kept = replace(kept, correction=correction)
-            if kept.kept_mass is None and correction.rho is not None:  # of all rows, exactly
-                kept = replace(kept, kept_mass=correction.rho.mean((0, 2)))
+            inside = None if config.tail else correction.rho  # a tail's is not the mask's mass
+            if kept.kept_mass is None and inside is not None:  # of all rows, exactly
+                kept = replace(kept, kept_mass=inside.mean((0, 2)))
             # a tensor: the report asks the device for it, when nothing waits
             ran = self._of_all_heads(mask.density, query).mean()
             cost = ran + (cost + self._tail_cost(mask))

@@ -1,6 +1,7 @@
 """The tail, its kernel, and the method that uses it, against slow loops and exact oracles."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -390,6 +391,20 @@ def test_auto_hands_its_means_to_the_tail(monkeypatch):
         with enable_sparse_attention(pipe, method):
             generate(pipe)
     assert asked == {16, 32}
+
+
+def test_the_mass_that_a_tail_stands_for_is_not_told_as_the_mask_s():
+    class Unmeasured(Auto):
+        def find(self, search):
+            return replace(super().find(search), kept_mass=None)
+
+    options = {"density": 0.4, "block_size": 32}
+    for measure in (False, True):
+        with enable_sparse_attention(
+            pipe := tiny_wan(), Unmeasured(**options), measure=measure
+        ) as on:
+            generate(pipe)
+        assert (on.report().kept_mass is None) != measure
 
 
 def test_both_keep_text_and_own_blocks():
