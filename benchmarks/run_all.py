@@ -1,4 +1,4 @@
-"""Make every result that needs a GPU again, as many as time allows.
+"""Make the results that need a GPU again, all but those of quality.py, as many as time allows.
 
     python benchmarks/run_all.py --out results --seconds 1500
     python benchmarks/run_all.py --out results --only step --list
@@ -6,7 +6,7 @@
 With two GPUs, what runs on both comes first; then what is timed alone runs on the first, and what
 generates videos on the second, several at a time. With one GPU all follow each other. A task whose
 result is there is left out; one that was cut short goes on where its script can. Logs lie in
---out/logs; at the end of --seconds whatever still runs is stopped.
+--out/logs; at the end of --seconds, or interrupted, it stops whatever still runs.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +137,17 @@ class Run:
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            if time.monotonic() > self.end:
-                for process in list(self.running):
-                    os.killpg(process.pid, signal.SIGTERM)
-            time.sleep(1)
+            try:
+                if time.monotonic() > self.end:
+                    self.stop()
+                time.sleep(1)
+            except KeyboardInterrupt:
+                self.end = 0.0
+
+    def stop(self) -> None:
+        for process in list(self.running):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGTERM)
 
     def lane(self, gpus: str, tasks: list[Task]) -> None:
         for number, task in enumerate(tasks):
@@ -147,10 +155,11 @@ class Run:
                 self.run(gpus, task, self.args.out / "logs" / f"{task.name}-{number}.log")
 
     def run(self, gpus: str, task: Task, log: Path) -> None:
-        text = task.command.format(out=self.args.out)
+        command = [word.format(out=self.args.out) for word in shlex.split(task.command)]
         result = self.args.out / task.result
         part = result.with_name(f"unfinished-{result.name}")
-        command = shlex.split(text.replace(str(result), str(part)) if task.result else text)
+        if task.result:
+            command = [word.replace(str(result), str(part)) for word in command]
         if self.args.commit and "prompt_check" not in task.command:
             command += ["--commit", self.args.commit]
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not gpus and not args.list:
         sys.exit("this needs a GPU; --list says what would run there")
     name = torch.cuda.get_device_name().split()[1].lower() if gpus else "gpu"
-    run = Run(args)
-    for lanes in stages(gpus or 2, name, f"--fa4 {args.fa4.resolve()}" if args.fa4 else ""):
+    run, fa4 = Run(args), f"--fa4 {shlex.quote(str(args.fa4.resolve()))}" if args.fa4 else ""
+    for lanes in stages(gpus or 2, name, fa4):
         if not args.list:
             run.lanes(lanes)
             continue

@@ -1,5 +1,6 @@
 """benchmarks/run_all.py without a GPU: what it would run, and that it stops in time."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ def run_of(path, seconds, *extra):
 
 def test_what_has_its_result_is_left_out_and_failures_stop_nothing(tmp_path, capfd):
     write = "-c \"open('{out}/NAME', 'w')\""
+    tmp_path /= "with a space"
+    tmp_path.mkdir()
     (tmp_path / "old").touch()
     tasks = [
         run_all.Task("fails", "-c 1/0", "never"),
@@ -50,6 +53,24 @@ def test_at_the_end_of_its_time_it_stops_what_runs_and_begins_nothing(tmp_path, 
     run_all.Run(run_of(tmp_path, 1.5)).lanes([("0", [sleep, sleep]), ("1", [sleep])])
     assert time.monotonic() - started < 20
     assert capfd.readouterr().out.count("sleep: -15 after") == 2
+
+
+def test_interrupted_it_stops_what_runs_even_what_has_just_ended(tmp_path, monkeypatch, capfd):
+    tasks = [run_all.Task("sleep", "-c 'import time; time.sleep(60)'")] * 2
+    run, sleep, started = run_all.Run(run_of(tmp_path, 60)), time.sleep, time.monotonic()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run.running.add(gone)
+
+    def interrupted(seconds):
+        sleep(0.5)
+        if run.end:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all.time, "sleep", interrupted)
+    run.lanes([("0", tasks)])
+    assert time.monotonic() - started < 20
+    assert capfd.readouterr().out.count("sleep: -15 after") == 1
 
 
 def test_only_some(tmp_path, capsys):
