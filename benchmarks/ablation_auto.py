@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from environment import environment  # noqa: E402
-from pareto import Runner, lines, load_results, parser_of_runs, save, say  # noqa: E402
+from pareto import (  # noqa: E402
+    Runner,
+    lines,
+    load_results,
+    other_prompts,
+    parser_of_runs,
+    save,
+    say,
+)
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
 from dit_sparse.patterns.auto import TARGETS  # noqa: E402
@@ -79,7 +87,7 @@ def variants(config):
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
     yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
-    for damping in (0.0, 0.25, 0.5, 1.0):
+    for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
     for searches in (1, 2, 4, 6):
         yield f"{searches} searches", replace(config, search_at=evenly(config, searches))
@@ -145,6 +153,7 @@ def parse(arguments=None):
 def main(arguments=None):
     args = parse(arguments)
     fixed = {k: getattr(args, k) for k in ("prompts", "seeds", "tuning_prompts", "steps", "dtype")}
+    fixed |= other_prompts(args)
     result = load_results(args, fixed)
     result |= {"question": __doc__.split("\n")[0], "environment": environment(args.commit)}
     for source in args.pipeline or [ROOT / "samples/wan_tiny"]:

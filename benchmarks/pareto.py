@@ -500,6 +500,11 @@ def key(record):
     return record["pipeline"], record["size"], record["method"]
 
 
+def other_prompts(args):
+    """The seed of the prompts as a setting, where it is not that of all files from before it."""
+    return {} if args.prompt_seed == TEST_SEED else {"prompt_seed": args.prompt_seed}
+
+
 def parser_of_runs(doc, prompts, seeds):
     """The arguments of a benchmark that makes a `Runner`."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
@@ -539,8 +544,9 @@ def main(arguments=None):
     grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     fixed = grid | {k: getattr(args, k) for k in numbers}
+    fixed |= other_prompts(args)
     if args.settings_of:
-        fixed |= {"settings_of": args.settings_of.name, "prompt_seed": args.prompt_seed}
+        fixed["settings_of"] = args.settings_of.name
     processes, _ = Processes.joined("cuda" if torch.cuda.is_available() else "cpu")
     if processes.first:
         take_in(args, load_results(args, fixed))

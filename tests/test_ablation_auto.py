@@ -46,6 +46,7 @@ def test_variants_cost_what_auto_costs_and_a_second_run_adds_one(tmp_path):
 def test_variants_are_what_they_are_called():
     found = dict(ablation_auto.variants(Auto(density=0.3)))
     assert {config.density for config in found.values()} == {0.3}
+    assert len(set(found.values())) == len(found)
     assert not found["without tail"].tail and found["without both"].residual is None
     assert found["4 searches"].search_at == pytest.approx((0.24, 0.43, 0.62, 0.81))
     search = make_search(VideoGrid(5, 8, 16))

@@ -40,8 +40,9 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     second = json.loads(out.read_text())
     assert second["records"][: len(first["records"])] == first["records"]
     assert {"sparse-vdit", "rettention"} <= {r["method"] for r in second["records"]}
-    with pytest.raises(SystemExit, match="other settings"):
-        pareto.main([*arguments(out, "adaspa"), "--seeds", "2"])
+    for name in ("--seeds", "--prompt-seed"):
+        with pytest.raises(SystemExit, match="other settings"):
+            pareto.main([*arguments(out, "adaspa"), name, "2"])
     if find_spec("matplotlib"):
         pareto.main([*arguments(out), "--only-figure", "--figure", str(tmp_path / "figure.png")])
         assert (tmp_path / "figure.png").is_file()
