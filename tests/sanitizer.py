@@ -80,7 +80,7 @@ def run_sanitizer(tool: str, timeout: float) -> dict:
     environment = os.environ | ENVIRONMENT
     subprocess.run(cases, env=environment, check=True, capture_output=True)  # compiles
     command = [tool, "--tool", "memcheck", "--target-processes", "application-only", *cases]
-    start = time.monotonic()
+    start, failed = time.monotonic(), ""
     try:
         done = subprocess.run(
             command,
@@ -90,6 +90,7 @@ def run_sanitizer(tool: str, timeout: float) -> dict:
             stderr=subprocess.STDOUT,
         )
         output = done.stdout.decode()
+        failed = f", exit status {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as late:
         output = (late.stdout or b"").decode() + f"\n========= no end in {timeout:.0f} s"
     print(output)
@@ -99,7 +100,7 @@ def run_sanitizer(tool: str, timeout: float) -> dict:
         "tool": "compute-sanitizer --tool memcheck",
         "seconds": round(time.monotonic() - start, 1),
         "ran": [line.removeprefix("ran: ") for line in lines if line.startswith("ran: ")],
-        "last_line": told[-1] if told else "no line of the tool",
+        "last_line": (told[-1] if told else "no line of the tool") + failed,
     }
 
 

@@ -122,19 +122,27 @@ while [ "$1" != "$PYTHON" ]; do shift; done
 echo "========= COMPUTE-SANITIZER"
 "$@"
 echo "========= ERROR SUMMARY: %s errors"
+exit $FAILED
 """
 
 
-@pytest.mark.parametrize("errors", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_last_line_of_the_sanitizer_is_in_the_log(tmp_path, errors):
+@pytest.mark.parametrize(
+    ("errors", "failed", "told"),
+    [
+        (0, 0, "ERROR SUMMARY: 0 errors"),
+        pytest.param(2, 0, "ERROR SUMMARY: 2 errors", marks=pytest.mark.slow),
+        pytest.param(0, 3, "ERROR SUMMARY: 0 errors, exit status 3", marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_line_of_the_sanitizer_is_in_the_log(tmp_path, errors, failed, told):
     tool, log = tmp_path / "compute-sanitizer", tmp_path / "log.json"
     tool.write_text(TOOL % errors)
     tool.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("sanitizer.py"), log],
-        env=os.environ | {"PATH": path, "PYTHON": sys.executable},
+        env=os.environ | {"PATH": path, "PYTHON": sys.executable, "FAILED": str(failed)},
     )
     found = json.loads(log.read_text())["sanitizer"]
-    assert (done.returncode, found["last_line"]) == (errors > 0, f"ERROR SUMMARY: {errors} errors")
+    assert (done.returncode, found["last_line"]) == (errors + failed > 0, told)
     assert {"forward 64", "tail", "block lists"} <= set(found["ran"])
