@@ -81,6 +81,11 @@ class SparseConfig:
         return 1 / self.tail_tokens if self.tail else 0.0
 
     @property
+    def shares_guidance(self) -> bool:
+        """Whether guidance branches of equal shape use what the first of them found."""
+        return False
+
+    @property
     def corrections_on_cpu(self) -> bool:
         """Whether corrections are kept in host memory."""
         return False

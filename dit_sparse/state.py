@@ -80,7 +80,8 @@ class State:
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
     `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
-    holds the corrections of each device in host memory, where it is not None.
+    holds the corrections of each device in host memory, where it is not None; where `shares` is
+    True, guidance branches of equal shape keep one entry for all, that of the first.
     """
 
     call: Call | None = None
@@ -96,6 +97,7 @@ class State:
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
     hosts: dict[torch.device, HostCache] | None = None
+    shares: bool = False
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -128,9 +130,24 @@ class State:
         for host in (self.hosts or {}).values():
             host.drop()
 
-    def keep(self, layer: int, kept: Kept) -> None:
+    def owner(self, call: Call) -> str:
+        """The branch whose entries serve a call: its own, or the first one like it."""
+        if not self.shares:
+            return call.branch
+        same = call.signature, call.lengths
+        alike = (b for b, of in self.last.items() if (of.signature, of.lengths) == same)
+        return next(alike, call.branch)
+
+    def owners(self) -> int:
+        """How many branches keep entries of their own."""
+        return len({self.owner(call) for call in self.last.values()})
+
+    def place(self, layer: int) -> tuple[str, int]:
         assert self.call is not None
-        key, correction = (self.call.branch, layer), kept.correction
+        return self.owner(self.call), layer
+
+    def keep(self, layer: int, kept: Kept) -> None:
+        key, correction = self.place(layer), kept.correction
         if self.hosts is not None and correction is not None:
             kept = replace(kept, correction=self._to_host(key, correction))
         self.kept[key] = kept
@@ -151,8 +168,8 @@ class State:
 
     def correction(self, layer: int, device: torch.device) -> Correction | None:
         """What this branch keeps, on the layer's device, to be used before the next layer's."""
-        assert self.call is not None
-        correction = self.kept[self.call.branch, layer].correction
+        place = self.place(layer)
+        correction = self.kept[place].correction
         if self.hosts is None or correction is None or not correction.residual.is_meta:
             return correction
-        return self.hosts[device].fetch((self.call.branch, layer))
+        return self.hosts[device].fetch(place)

@@ -101,7 +101,7 @@ class LayerAttention:
         of = self._shape(query), query.element_size()
         per_branch = self.config.cache_bytes(*of) * self._sparse_layers()
         per_branch += self.config.correction_bytes(*of) * self._corrected_layers(query)
-        planned, limit = per_branch * len(self.state.last), self.config.max_cache_bytes
+        planned, limit = per_branch * self.state.owners(), self.config.max_cache_bytes
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
         if limit is not None and planned > limit:
             raise MemoryError(
@@ -148,15 +148,15 @@ class LayerAttention:
 
     def _corrected_layers(self, query: Tensor) -> int:
         """How many leading sparse layers keep a correction on each branch."""
-        branches = len(self.state.last)
-        if self.state.calls == branches:  # first step: the share of a branch to come is kept free
-            branches = max(branches, 2)
+        branches, state = self.state.owners(), self.state
+        if state.calls == len(state.last) and not state.shares:
+            branches = max(branches, 2)  # first step: the share of a branch to come is kept free
         of = self._shape(query), query.element_size()
         return self.config.corrected_layers(*of, self._sparse_layers(), branches)
 
     def _kept(self, query: Tensor) -> Kept | None:
         """What this branch keeps, unless the batch has changed since."""
-        kept = self.state.kept.get((self.state.call.branch, self.layer))
+        kept = self.state.kept.get(self.state.place(self.layer))
         if kept is None:
             return None
         batch = query.shape[0]

@@ -58,6 +58,8 @@ class Auto(SparseConfig):
             model's dtype), or None for the tail alone.
         damping: exponent of the share of mass that scales sparse outputs where a residual is kept;
             0 lets all changes through, 1 is Re-ttention's.
+        share_guidance: where guidance makes two calls of equal shape a step, the second uses mask and
+            residual of the first, so that their errors are alike and guidance cancels them.
         cache_device: where residuals are kept: on the "model"'s device, or on the "cpu" in pinned
             memory, and each is copied to the GPU while the layer before computes.
         max_cache_bytes: of all that is kept between steps, on either device; residuals take what
@@ -71,6 +73,7 @@ class Auto(SparseConfig):
     tail_tokens: int = 32
     residual: str | None = "fp8"
     damping: float = 0.25
+    share_guidance: bool = False
     cache_device: str = "model"
     max_cache_bytes: int | None = 4 * 2**30
     dense_if_faster: bool = True
@@ -96,6 +99,10 @@ class Auto(SparseConfig):
     tail: ClassVar[bool] = True
 
     @property
+    def shares_guidance(self) -> bool:
+        return self.share_guidance
+
+    @property
     def refuses(self) -> bool:
         return self.dense_if_faster
 
@@ -106,6 +113,7 @@ class Auto(SparseConfig):
     def __post_init__(self):
         super().__post_init__()
         flag("dense_if_faster", self.dense_if_faster)
+        flag("share_guidance", self.share_guidance)
         one_of("cache_device", self.cache_device, CACHE_DEVICES)
         one_of("tail_tokens", self.tail_tokens, TAIL_TOKENS)
         if self.tail_tokens > self.block_size:

@@ -1,0 +1,76 @@
+"""Guidance branches that use one mask and one residual."""
+
+import pytest
+import torch
+from composed import arguments, make
+from test_wan import generate
+from tiny import tiny_wan
+
+from dit_sparse import Auto, enable_sparse_attention
+from dit_sparse.block_mask import BlockMask
+from dit_sparse.grid import VideoGrid
+from dit_sparse.state import Call, Kept, State
+
+OPTIONS = {"density": 0.5, "block_size": 32, "search_at": (0.3, 0.8)}  # of 6 steps: 2, 5
+
+
+def run(**options):
+    pipe = tiny_wan()
+    handle = enable_sparse_attention(pipe, "auto", **OPTIONS, **options)
+    kept = {}
+    pipe.transformer.register_forward_hook(lambda *a: kept.update(handle._installed[0].state.kept))
+    latents = generate(pipe)
+    assert latents.isfinite().all()
+    return handle.report(), kept
+
+
+@pytest.mark.parametrize("residual", ["fp8", None])
+def test_the_second_branch_uses_what_the_first_found(residual):
+    (own, _), (shared, kept) = (run(residual=residual, share_guidance=on) for on in (False, True))
+    assert {branch for branch, _ in kept} == {"cond"}
+    assert shared.peak_cache_bytes == own.peak_cache_bytes / 2 == shared.planned_cache_bytes
+    searched = [entry for entry in shared.trace if entry["kind"] == "search"]
+    assert {entry["branch"] for entry in searched} == {"cond"} and searched[0]["step"] == 2
+    second = [e for e in shared.trace if e["branch"] == "uncond" and e["step"] in (2, 5)]
+    assert second and all(entry["kind"] == "reuse" and entry["density"] for entry in second)
+    assert shared.search_calls == own.search_calls / 2
+    assert shared.effective_cost < own.effective_cost
+
+
+def test_it_is_told_by_flags():
+    with pytest.raises(ValueError, match="share_guidance is True or False"):
+        Auto(share_guidance=1)
+
+
+def call(branch, frames=2, lengths=None, step=3):
+    grid = VideoGrid(frames, 8, 8)
+    return Call(grid, step, 10, branch, torch.device("cpu"), torch.float32, lengths)
+
+
+@pytest.mark.parametrize("other", [call("uncond", frames=3), call("uncond", lengths=(100,))])
+def test_branches_of_another_shape_keep_their_own(other):
+    for second, place, owners in ((call("uncond"), "cond", 1), (other, "uncond", 2)):
+        state = State(shares=True)
+        state.begin(call("cond"))
+        state.begin(second)
+        assert state.place(4) == (place, 4) and state.owners() == owners
+
+
+def test_whoever_comes_first_in_a_step_searches():
+    """A cache may have skipped the first branch."""
+    state, mask = (
+        State(shares=True),
+        BlockMask.from_dense(torch.ones(1, 1, 2, 2) > 0, 128, 128, (64, 64)),
+    )
+    for step, branch in ((0, "cond"), (0, "uncond"), (5, "uncond")):
+        state.begin(call(branch, step=step))
+    state.keep(0, Kept(mask, None, None, 5))
+    assert state.kept["cond", 0].found_at == 5
+
+
+def test_hunyuan_video_with_two_prompts_of_different_length_runs():
+    pipe = make("HunyuanVideo")
+    enable_sparse_attention(pipe, "auto", density=0.5, block_size=32, share_guidance=True)
+    given = arguments("HunyuanVideo", guided=True)
+    frames = pipe(**given, num_inference_steps=6, output_type="latent").frames
+    assert frames.isfinite().all()
