@@ -287,7 +287,8 @@ class Installation:
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
-        call = Call(prepared.grid, step, num_steps, branch, *place, lengths=prepared.lengths)
+        guided = self._guided(branch, len(latents)) and prepared.lengths is None
+        call = Call(prepared.grid, step, num_steps, branch, *place, prepared.lengths, guided)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
         if len(self.state.last) > 1:
@@ -300,6 +301,16 @@ class Installation:
             )
         changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
+
+    def _guided(self, branch: str, batch: int) -> bool:
+        """Whether a batch holds both guidance branches; judged at the first step, since CogVideoX
+        may change its scale later."""
+        before = self.state.last.get(branch)
+        if before is not None:
+            return before.guided
+        pipe = self.handle.enabled_on()
+        scale = getattr(pipe, "guidance_scale", None)
+        return branch == "cond_uncond" and batch % 2 == 0 and scale is not None and scale > 1
 
     def _end_run(self) -> None:
         self.state.drop()

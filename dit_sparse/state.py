@@ -22,6 +22,7 @@ class Call:
         step: absolute denoising step, 0-based. num_steps: steps of the run.
         branch: CFG branch, diffusers' context name (cond, uncond, cond_uncond).
         lengths: valid tokens of each sample where they differ; the rest is padded text at the end.
+        guided: whether the batch holds both guidance branches, the negative prompts first.
     """
 
     grid: VideoGrid
@@ -31,6 +32,7 @@ class Call:
     device: torch.device
     dtype: torch.dtype
     lengths: tuple[int, ...] | None = None
+    guided: bool = False
 
     @cached_property
     def kv_len(self) -> Tensor | None:
@@ -81,7 +83,8 @@ class State:
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
     `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
     holds the corrections of each device in host memory, where it is not None; where `shares` is
-    True, guidance branches of equal shape keep one entry for all, that of the first.
+    True, guidance branches of equal shape keep one entry for all, that of the first; `parts` says
+    in how many parts the layers take a call.
     """
 
     call: Call | None = None
@@ -98,6 +101,7 @@ class State:
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
     hosts: dict[torch.device, HostCache] | None = None
     shares: bool = False
+    parts: int = 1
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -114,6 +118,7 @@ class State:
             self.forget()
         self.call = call
         self.calls += 1
+        self.parts = 2 if self.shares and call.guided else 1
         self.last[call.branch] = call
         return begins
 

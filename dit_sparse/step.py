@@ -59,12 +59,23 @@ class LayerAttention:
                 " transformer itself, not one of its blocks, or disable sparse attention first"
             )
         if ulysses is None:
-            return self._attention(query, key, value)
+            return self._all_parts(query, key, value)
         whole = (ulysses.to_heads(x, call.grid) for x in (query, key, value))
-        return ulysses.to_tokens(self._attention(*whole), call.grid)
+        return ulysses.to_tokens(self._all_parts(*whole), call.grid)
+
+    def _all_parts(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """On all tokens, and the heads that are here; a guided batch as if it were two calls."""
+        whole = self.state.call
+        if self.state.parts == 1:
+            return self._attention(query, key, value)
+        half, outputs = query.shape[0] // 2, []
+        for branch, part in (("cond", slice(half, None)), ("uncond", slice(half))):
+            self.state.call = replace(whole, branch=branch)
+            outputs.append(self._attention(query[part], key[part], value[part]))
+        self.state.call = whole
+        return torch.cat(outputs[::-1])
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """On all tokens, and the heads that are here."""
         call = self.state.call
         self._plan(query)
         kept = self._kept(query)

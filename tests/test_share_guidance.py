@@ -74,3 +74,34 @@ def test_hunyuan_video_with_two_prompts_of_different_length_runs():
     given = arguments("HunyuanVideo", guided=True)
     frames = pipe(**given, num_inference_steps=6, output_type="latent").frames
     assert frames.isfinite().all()
+
+
+def joint(share, guided=True, **call):
+    pipe = make("CogVideoX")
+    handle = enable_sparse_attention(pipe, "auto", **OPTIONS, share_guidance=share)
+    given = arguments("CogVideoX", guided=guided) | {"num_inference_steps": 6} | call
+    frames = pipe(**given, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    assert frames.isfinite().all()
+    return frames, handle.report()
+
+
+def test_a_batch_of_both_branches_is_taken_in_two_parts():
+    _, own = joint(False)
+    _, shared = joint(True)
+    assert {entry["branch"] for entry in own.trace} == {"cond_uncond"}
+    assert {entry["branch"] for entry in shared.trace} == {"cond", "uncond"}
+    searched = [entry for entry in shared.trace if entry["kind"] == "search"]
+    assert {entry["branch"] for entry in searched} == {"cond"}
+    assert shared.peak_cache_bytes == own.peak_cache_bytes / 2 == shared.planned_cache_bytes
+    assert shared.effective_cost < own.effective_cost
+
+
+def test_without_guidance_a_batch_stays_whole():
+    plain, _ = joint(False, guided=False)
+    frames, report = joint(True, guided=False)
+    assert frames.equal(plain) and {entry["branch"] for entry in report.trace} == {"cond_uncond"}
+
+
+def test_a_scale_that_changes_on_the_way_changes_nothing():
+    _, report = joint(True, use_dynamic_cfg=True)
+    assert {entry["branch"] for entry in report.trace} == {"cond", "uncond"}

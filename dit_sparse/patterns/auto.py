@@ -58,8 +58,9 @@ class Auto(SparseConfig):
             model's dtype), or None for the tail alone.
         damping: exponent of the share of mass that scales sparse outputs where a residual is kept;
             0 lets all changes through, 1 is Re-ttention's.
-        share_guidance: where guidance makes two calls of equal shape a step, the second uses mask and
-            residual of the first, so that their errors are alike and guidance cancels them.
+        share_guidance: where guidance runs two branches of equal shape, the negative prompt uses
+            mask and residual of the other, so that their errors are alike and guidance cancels
+            them; a refresh then runs dense for one of them alone.
         cache_device: where residuals are kept: on the "model"'s device, or on the "cpu" in pinned
             memory, and each is copied to the GPU while the layer before computes.
         max_cache_bytes: of all that is kept between steps, on either device; residuals take what
