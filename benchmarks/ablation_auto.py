@@ -87,6 +87,7 @@ def variants(config):
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
     yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
+    yield "shared guidance", replace(config, share_guidance=not config.share_guidance)
     for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
     for searches in (1, 2, 4, 6):
