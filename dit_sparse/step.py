@@ -160,7 +160,7 @@ class LayerAttention:
     def _corrected_layers(self, query: Tensor) -> int:
         """How many leading sparse layers keep a correction on each branch."""
         branches, state = self.state.owners(), self.state
-        if state.calls == len(state.last) and not state.shares:
+        if state.calls == len(state.last) and state.parts == 1:
             branches = max(branches, 2)  # first step: the share of a branch to come is kept free
         of = self._shape(query), query.element_size()
         return self.config.corrected_layers(*of, self._sparse_layers(), branches)
