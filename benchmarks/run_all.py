@@ -154,6 +154,15 @@ class Run:
             if self.left(task) and time.monotonic() < self.end:
                 self.run(gpus, task, self.args.out / "logs" / f"{task.name}-{number}.log")
 
+    def paths(self, task: Task) -> dict[str, str]:
+        """flash-attn-4 for the dense side of whole steps, as kernels.py finds it by itself."""
+        if self.args.fa4 is None or "step.py" not in task.command:
+            return {}
+        packages = self.args.fa4.resolve() / "nvidia_cutlass_dsl"
+        folders = packages.parent, packages / "dsl_packages", packages / "python_packages"
+        before = os.environ.get("PYTHONPATH", "")
+        return {"PYTHONPATH": os.pathsep.join([*map(str, folders), before])}
+
     def run(self, gpus: str, task: Task, log: Path) -> None:
         command = [word.format(out=self.args.out) for word in shlex.split(task.command)]
         result = self.args.out / task.result
@@ -168,7 +177,7 @@ class Run:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus} | self.paths(task),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
