@@ -66,7 +66,7 @@ class LayerAttention:
     def _all_parts(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """On all tokens, and the heads that are here; a guided batch as if it were two calls."""
         whole = self.state.call
-        if self.state.parts == 1:
+        if whole is None or self.state.parts == 1:
             return self._attention(query, key, value)
         half, outputs = query.shape[0] // 2, []
         for branch, part in (("cond", slice(half, None)), ("uncond", slice(half))):
