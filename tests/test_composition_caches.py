@@ -4,7 +4,15 @@ cache let the layer run, and what cannot be right is refused."""
 import diffusers
 import pytest
 import torch
-from composed import SPARSE, generate, make, over_families, self_attentions, sparse
+from composed import (
+    SPARSE,
+    generate,
+    make,
+    not_in_0_36,
+    over_families,
+    self_attentions,
+    sparse,
+)
 
 from dit_sparse import enable_sparse_attention
 
@@ -113,6 +121,7 @@ def test_first_block_cache_that_skips_all_it_can(family, order):
     assert {entry["step"] for entry in trace if entry["layer"] == 0} == set(range(5))
 
 
+@not_in_0_36
 @ORDERS
 @over_families("MagCache")
 def test_mag_cache(family, order):

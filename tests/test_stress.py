@@ -5,7 +5,7 @@ import random
 import diffusers
 import pytest
 import torch
-from composed import FAMILIES, arguments, generate, make
+from composed import DIFFUSERS_0_36, FAMILIES, arguments, generate, make
 
 from dit_sparse import disable_sparse_attention, enable_sparse_attention
 
@@ -94,7 +94,7 @@ class Twins:
             getattr(pipe.transformer, change)()
 
     def offload(self):
-        if self.offloaded or self.compiled:
+        if self.offloaded or self.compiled or DIFFUSERS_0_36:
             return
         self.offloaded, cpu = True, torch.device("cpu")
         for pipe in self.both:

@@ -4,6 +4,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from composed import not_in_0_36
 from diffusers import ContextParallelConfig
 from test_joint_pipelines import PIPELINES as JOINT
 from test_joint_pipelines import apart, build
@@ -169,7 +170,9 @@ def dense_then_disabled(rank, name, first):
 
 
 @pytest.mark.parametrize("first", ["parallel", "sparse"])
-@pytest.mark.parametrize("name", ["T2V", "HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize(
+    "name", ["T2V", pytest.param("HunyuanVideo", marks=not_in_0_36), "CogVideoX"]
+)
 def test_density_one_equals_stock_and_so_does_what_is_left_when_disabled(tmp_path, name, first):
     pipe, generate = make(name)
     torch.manual_seed(1)
