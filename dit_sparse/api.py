@@ -204,8 +204,8 @@ class Installation:
     ):
         self.handle, self.transformer, self.family = handle, transformer, family
         self.config = handle.config
-        hosts: dict | None = {} if self.config.corrections_on_cpu else None
-        self.state = State(hosts=hosts, shares=self.config.shares_guidance)
+        hosts: dict | None = {} if self.config.cache_device == "cpu" else None
+        self.state = State(hosts=hosts, shares=self.config.share_guidance)
         self.denoising, self.one_thread = Denoising(pipe, num_steps), OneThread(pipe)
         self.argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references

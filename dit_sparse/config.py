@@ -81,14 +81,14 @@ class SparseConfig:
         return 1 / self.tail_tokens if self.tail else 0.0
 
     @property
-    def shares_guidance(self) -> bool:
-        """Whether guidance branches of equal shape use what the first of them found."""
+    def share_guidance(self) -> bool:
+        """Whether guidance branches of equal shape use what the first of them found; as above."""
         return False
 
     @property
-    def corrections_on_cpu(self) -> bool:
-        """Whether corrections are kept in host memory."""
-        return False
+    def cache_device(self) -> str:
+        """Where corrections are kept, "model" or "cpu"; as above."""
+        return "model"
 
     def __post_init__(self):
         object.__setattr__(self, "search_at", _fractions(self.search_at))

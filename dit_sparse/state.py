@@ -83,8 +83,7 @@ class State:
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
     `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
     holds the corrections of each device in host memory, where it is not None; where `shares` is
-    True, guidance branches of equal shape keep one entry for all, that of the first; `parts` says
-    in how many parts the layers take a call.
+    True, guidance branches of equal shape keep one entry for all, that of the first.
     """
 
     call: Call | None = None
@@ -101,7 +100,11 @@ class State:
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
     hosts: dict[torch.device, HostCache] | None = None
     shares: bool = False
-    parts: int = 1
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the layers take a call."""
+        return 2 if self.shares and self.call is not None and self.call.guided else 1
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -118,7 +121,6 @@ class State:
             self.forget()
         self.call = call
         self.calls += 1
-        self.parts = 2 if self.shares and call.guided else 1
         self.last[call.branch] = call
         return begins
 

@@ -100,16 +100,8 @@ class Auto(SparseConfig):
     tail: ClassVar[bool] = True
 
     @property
-    def shares_guidance(self) -> bool:
-        return self.share_guidance
-
-    @property
     def refuses(self) -> bool:
         return self.dense_if_faster
-
-    @property
-    def corrections_on_cpu(self) -> bool:
-        return self.cache_device == "cpu"
 
     def __post_init__(self):
         super().__post_init__()

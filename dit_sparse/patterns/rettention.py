@@ -65,10 +65,6 @@ class Rettention(SparseConfig):
     }
     corrects: ClassVar[bool] = True
 
-    @property
-    def corrections_on_cpu(self) -> bool:
-        return self.cache_device == "cpu"
-
     def __post_init__(self):
         super().__post_init__()
         whole("pool", self.pool, 1)
