@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from environment import environment  # noqa: E402
 
@@ -81,8 +81,7 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
             options = {"block_size": blocks, "order": order, "tile": tile, "precision": precision}
             return block_sparse_fwd(q, k, v, *lists, **options)
 
-        rows = block if dim == 64 or block == 64 else 128
-        plain = Tile(rows, 64, 4, 3 if rows == 64 else 2)
+        plain = Tile(block, 64, 4, 3 if block == 64 else 2)
         gluon = Tile(block, block, block // 16, 2, True)
         yield f"triton {block}", lambda f=forward, t=plain: f(t)
         yield f"gluon {block}", lambda f=forward, t=gluon: f(t)

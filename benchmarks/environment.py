@@ -24,6 +24,12 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def folders_of_fa4(folder: Path) -> list[str]:
+    """Where flash-attn-4 and its compiler lie in a folder that pip --target filled."""
+    packages = folder / "nvidia_cutlass_dsl"
+    return [str(folder), str(packages / "dsl_packages"), str(packages / "python_packages")]
+
+
 def version_of(package: str) -> str | None:
     try:
         return version(package)

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import masks  # noqa: E402
-from environment import environment  # noqa: E402
+from environment import environment, folders_of_fa4  # noqa: E402
 
 from dit_sparse.attention import disagreement  # noqa: E402
 from dit_sparse.block_mask import BlockMask  # noqa: E402
@@ -568,11 +568,7 @@ def main() -> None:
     options = parser.parse_args()
     options.mask, options.density = options.mask or KINDS, options.density or DENSITIES
     if options.fa4:
-        sys.path[:0] = [
-            str(options.fa4),
-            str(options.fa4 / "nvidia_cutlass_dsl" / "dsl_packages"),
-            str(options.fa4 / "nvidia_cutlass_dsl" / "python_packages"),
-        ]
+        sys.path[:0] = folders_of_fa4(options.fa4)
     if not torch.cuda.is_available():
         sys.exit("this needs a GPU; without one run: pytest tests/test_kernels.py")
 

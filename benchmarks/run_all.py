@@ -24,6 +24,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from environment import folders_of_fa4  # noqa: E402
+
 PIPELINES = {"wan_tiny": 1, "hunyuan_video_tiny": 4, "cogvideox_tiny": 1}  # frames a latent frame
 SEEDS = "auto", "rettention", "adaspa", "draftattention"  # sparse-vdit searches for minutes
 LARGER = {  # pixels, latent frames: larger and longer than trained
@@ -158,10 +162,8 @@ class Run:
         """flash-attn-4 for the dense side of whole steps, as kernels.py finds it by itself."""
         if self.args.fa4 is None or "step.py" not in task.command:
             return {}
-        packages = self.args.fa4.resolve() / "nvidia_cutlass_dsl"
-        folders = packages.parent, packages / "dsl_packages", packages / "python_packages"
-        before = os.environ.get("PYTHONPATH", "")
-        return {"PYTHONPATH": os.pathsep.join([*map(str, folders), before])}
+        folders = folders_of_fa4(self.args.fa4.resolve())
+        return {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
 
     def run(self, gpus: str, task: Task, log: Path) -> None:
         command = [word.format(out=self.args.out) for word in shlex.split(task.command)]
