@@ -55,6 +55,20 @@ def tile_vae(pipe, family):
     pipe.vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
 
 
+def compile_blocks(pipe, counter):
+    if pipe.transformer._repeated_blocks:
+        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        return
+    for block in pipe.transformer.transformer_blocks:  # CogVideoX: diffusers names none
+        block.compile(backend=counter, fullgraph=True)
+
+
+def first_block(threshold):
+    return lambda pipe: pipe.transformer.enable_cache(
+        diffusers.FirstBlockCacheConfig(threshold=threshold)
+    )
+
+
 def sparse(family, change=None, order="after", guided=True):
     """Frames and handle of a run with sparse attention, with a change before or after enabling."""
     pipe = make(family)

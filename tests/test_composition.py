@@ -7,7 +7,17 @@ from functools import cache
 import accelerate
 import pytest
 import torch
-from composed import FAMILIES, SPARSE, generate, make, not_in_0_36, over_families, sparse, tile_vae
+from composed import (
+    FAMILIES,
+    SPARSE,
+    compile_blocks,
+    generate,
+    make,
+    not_in_0_36,
+    over_families,
+    sparse,
+    tile_vae,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_sparse import enable_sparse_attention
@@ -102,14 +112,6 @@ def test_weights_in_fp8(family, order):
     assert generate(pipe, family).equal(dense)
     frames, handle = sparse(family, cast, order)
     assert not frames.equal(dense) and handle.report().reuse_calls > 0
-
-
-def compile_blocks(pipe, counter):
-    if pipe.transformer._repeated_blocks:
-        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
-        return
-    for block in pipe.transformer.transformer_blocks:  # CogVideoX: diffusers names none
-        block.compile(backend=counter, fullgraph=True)
 
 
 @pytest.mark.slow

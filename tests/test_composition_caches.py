@@ -6,6 +6,7 @@ import pytest
 import torch
 from composed import (
     SPARSE,
+    first_block,
     generate,
     make,
     not_in_0_36,
@@ -18,12 +19,6 @@ from dit_sparse import enable_sparse_attention
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 EVERYWHERE = (-1, 1001)
-
-
-def first_block(threshold):
-    return lambda pipe: pipe.transformer.enable_cache(
-        diffusers.FirstBlockCacheConfig(threshold=threshold)
-    )
 
 
 def mag_cache(pipe):

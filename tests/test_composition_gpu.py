@@ -5,10 +5,8 @@ the same pipeline without the feature, unless a test says why they cannot be.
 """
 
 import gc
-import time
 from functools import cache, partial
 
-import diffusers
 import pytest
 import torch
 from changed_weights import (
@@ -19,7 +17,7 @@ from changed_weights import (
     q8_0_by_gguf,
 )
 from composed import SPARSE as SPARSE_ON_CPU
-from composed import arguments, over_families, tile_vae
+from composed import arguments, compile_blocks, first_block, over_families, tile_vae
 from tiny import tiny_wan
 from tiny_joint import PIPELINES, SIZE, hunyuan_pipeline
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -242,12 +240,6 @@ def test_lora_loaded_swapped_fused_and_unloaded_while_enabled(family):
     assert generate(pipe, family).equal(check_weights(family, load("a", fuse=True)))
 
 
-def first_block(threshold):
-    return lambda pipe: pipe.transformer.enable_cache(
-        diffusers.FirstBlockCacheConfig(threshold=threshold)
-    )
-
-
 @ORDERS
 @over_families("FirstBlockCache")
 def test_first_block_cache(family, order):
@@ -320,14 +312,6 @@ def test_memory_comes_back_from_model_cpu_offload(family):
     assert ran_sparse(handle) and in_use() == before
 
 
-def compile_blocks(pipe, counter):
-    if pipe.transformer._repeated_blocks:
-        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
-        return
-    for block in pipe.transformer.transformer_blocks:  # CogVideoX: diffusers names none
-        block.compile(backend=counter, fullgraph=True)
-
-
 def compile_whole(pipe, counter):
     pipe.transformer = torch.compile(pipe.transformer, backend=counter)
 
@@ -364,24 +348,16 @@ def test_the_whole_transformer_compiled(family):
 @over_families("two GPUs, prompts shared, a worker killed", "Wan")
 def test_two_gpus_share_prompts_and_go_on_where_a_worker_was_killed(family, tmp_path):
     """No finished video is made again, and none is lost."""
-    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("psutil")
     pytest.importorskip("av")
-    from test_processes import finished, launch
+    from test_processes import finished, kill_a_worker, launch
 
     prompts = [f"--prompt=a {color} circle" for color in ("red", "blue", "green", "white")]
     seeds = [f"--seed={seed}" for seed in range(8)]
     options = ["-o", tmp_path, "--steps", "10", *prompts, *seeds]
-    process = launch("generate", *options, pipeline="wan_tiny", method="adaspa")
-    deadline = time.monotonic() + 120
-    while not finished(tmp_path) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    [second] = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-    second.kill()
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    before = finished(tmp_path)
+    before = kill_a_worker(
+        launch("generate", *options, pipeline="wan_tiny", method="adaspa"), tmp_path
+    )
     assert 0 < len(before) < 32
 
     process = launch("generate", *options, pipeline="wan_tiny", method="adaspa")

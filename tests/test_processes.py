@@ -156,16 +156,10 @@ def launch(command, *options, pipeline=None, method=SMALL):
     )
 
 
-TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU for two processes")
-
-
-@pytest.mark.slow
-@TWO_DEVICES
-def test_by_accelerate_launch_and_a_worker_killed(tmp_path):
-    options = ["-o", tmp_path, *(f"--seed={seed}" for seed in range(16))]
-    process = launch("generate", *options)
+def kill_a_worker(process, folder):
+    """Kill the second of two once a video is finished; what is finished then."""
     deadline = time.monotonic() + 120
-    while not finished(tmp_path) and time.monotonic() < deadline:
+    while not finished(folder) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -173,7 +167,17 @@ def test_by_accelerate_launch_and_a_worker_killed(tmp_path):
     second.kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
-    before = finished(tmp_path)
+    return finished(folder)
+
+
+TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU for two processes")
+
+
+@pytest.mark.slow
+@TWO_DEVICES
+def test_by_accelerate_launch_and_a_worker_killed(tmp_path):
+    options = ["-o", tmp_path, *(f"--seed={seed}" for seed in range(16))]
+    before = kill_a_worker(launch("generate", *options), tmp_path)
     assert 0 < len(before) < 16
 
     process = launch("generate", *options)
