@@ -4,8 +4,8 @@
     python benchmarks/pareto.py --out benchmarks/results/pareto.json --only-figure --figure it.png
 
 Every method sweeps as many settings on tuning prompts, warm-up x density (or what its class lists
-as `swept`) x searches, judged by the error of the final latents; for each budget its best setting
-is run on other prompts and scored. Published settings are run as they are (hollow points).
+as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
+budget its best setting is run on other prompts and scored. Published settings are run as they are (hollow points).
 Resumable: a method that is in the file with the same settings is left out. All prompts and seeds of
 a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N` before it the
 processes share the methods.
@@ -49,7 +49,8 @@ from dit_sparse.processes import Processes  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
-WARM_UPS, DENSITIES, SEARCHES = (0.0, 0.12, 0.24), (0.05, 0.1, 0.2, 0.35), (1, 3, 6)
+WARM_UPS, DENSITIES, SEARCHES = (0.0, 0.08, 0.16, 0.24), (0.05, 0.1, 0.2, 0.35), (1, 3, 5)
+SPACINGS = (1.0, 1.5)  # evenly, and ever further apart
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 BASELINE = "adaspa"
@@ -294,11 +295,20 @@ def settings(runner, method, cls, grid):
     for swept in cls.swept or [{"density": density} for density in grid["densities"]]:
         options = swept | also
         for warm_up in grid["warm_ups"]:
-            for searches in grid["searches"]:
-                at = tuple(warm_up + (1 - warm_up) * i / searches for i in range(searches))
+            for at in schedules(warm_up, grid["searches"], grid["spacings"]):
                 yield cls(**options, search_at=at, every_step=False)
             if cls.every_step:  # a method that looks at every step by itself may do so
                 yield cls(**options, search_at=(warm_up,), every_step=True)
+
+
+def schedules(warm_up, searches, spacings):
+    """Times of as many searches from the end of the warm-up on."""
+    found = {}
+    for count in searches:
+        for spacing in spacings:
+            at = (warm_up + (1 - warm_up) * (i / count) ** spacing for i in range(count))
+            found[tuple(at)] = None
+    return list(found)
 
 
 def gates(runner):
@@ -534,7 +544,7 @@ def parse(arguments=None):
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
     for name, values in (
         ("budgets", BUDGETS), ("warm-ups", WARM_UPS), ("densities", DENSITIES),
-        ("searches", SEARCHES), ("epsilons", EPSILONS),
+        ("searches", SEARCHES), ("spacings", SPACINGS), ("epsilons", EPSILONS),
     ):  # fmt: skip
         add(f"--{name}", type=type(values[0]), nargs="+", default=list(values))
     return parser.parse_args(arguments)
@@ -542,7 +552,8 @@ def parse(arguments=None):
 
 def main(arguments=None):
     args = parse(arguments)
-    grid = {k: getattr(args, k) for k in ("warm_ups", "densities", "searches", "epsilons")}
+    axes = "warm_ups", "densities", "searches", "spacings", "epsilons"
+    grid = {axis: getattr(args, axis) for axis in axes}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     fixed = grid | {k: getattr(args, k) for k in numbers}
     fixed |= other_prompts(args)

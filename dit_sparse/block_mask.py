@@ -1,6 +1,6 @@
 """Which key blocks each query block reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -69,6 +69,10 @@ class BlockMask:
         blocks = (-(-q_len // block_size[0]), -(-kv_len // block_size[1]))
         mask = torch.ones(1, 1, *blocks, dtype=torch.bool, device=device)
         return cls.from_dense(mask, q_len, kv_len, block_size)
+
+    def twice(self) -> "BlockMask":
+        """For a batch that holds the samples of this one two times, one after the other."""
+        return self if len(self.bits) == 1 else replace(self, bits=torch.cat([self.bits] * 2))
 
     @property
     def num_blocks(self) -> tuple[int, int]:

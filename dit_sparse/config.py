@@ -18,6 +18,7 @@ ENGINES = ("auto", "triton", "fa4", "flex", "torch")
 BLOCK_SIZES = (32, 64, 128)
 PRECISIONS = ("full", "int8", "fp8")
 CACHE_DEVICES = ("model", "cpu")
+SHARES = ("mask", "all", None)
 DEFAULT_ORDER = "curve"
 
 
@@ -81,9 +82,9 @@ class SparseConfig:
         return 1 / self.tail_tokens if self.tail else 0.0
 
     @property
-    def share_guidance(self) -> bool:
-        """Whether guidance branches of equal shape use what the first of them found; as above."""
-        return False
+    def share_guidance(self) -> str | None:
+        """What guidance branches of equal shape use of the first of them: "mask", "all" or None."""
+        return None
 
     @property
     def cache_device(self) -> str:

@@ -22,7 +22,7 @@ from .patterns.auto import Auto
 SUFFIX = ".json"
 SCHEMA = 2
 # What `auto` did before it had these options: older presets were calibrated with it.
-BEFORE_SCHEMA_2: dict[str, Any] = {"tail_tokens": 64, "damping": 0.0, "share_guidance": False}
+BEFORE_SCHEMA_2: dict[str, Any] = {"tail_tokens": 64, "damping": 0.0, "share_guidance": None}
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR
 # Of `auto`, from cheap to dear; of each cost the best on the small pipelines, with means of 64
 # tokens and without damping.

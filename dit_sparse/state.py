@@ -1,5 +1,6 @@
 """What is kept of one transformer between denoising steps, and the log of what ran."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -82,8 +83,9 @@ class State:
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
     `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
-    holds the corrections of each device in host memory, where it is not None; where `shares` is
-    True, guidance branches of equal shape keep one entry for all, that of the first.
+    holds the corrections of each device in host memory, where it is not None; `shares`
+    says what guidance branches of equal shape use of the first of them: where it is "all" they keep
+    one entry, where it is "mask" each its own.
     """
 
     call: Call | None = None
@@ -99,12 +101,12 @@ class State:
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
     hosts: dict[torch.device, HostCache] | None = None
-    shares: bool = False
+    shares: str | None = None
 
     @property
     def parts(self) -> int:
         """In how many parts the layers take a call."""
-        return 2 if self.shares and self.call is not None and self.call.guided else 1
+        return 2 if self.shares == "all" and self.call is not None and self.call.guided else 1
 
     def begin(self, call: Call) -> bool:
         """Publish a call; a new run or another shape, dtype or device drops everything kept.
@@ -139,11 +141,27 @@ class State:
 
     def owner(self, call: Call) -> str:
         """The branch whose entries serve a call: its own, or the first one like it."""
-        if not self.shares:
-            return call.branch
+        return next(self._alike(call), call.branch) if self.shares == "all" else call.branch
+
+    def _alike(self, call: Call) -> Iterator[str]:
         same = call.signature, call.lengths
-        alike = (b for b, of in self.last.items() if (of.signature, of.lengths) == same)
-        return next(alike, call.branch)
+        return (b for b, of in self.last.items() if (of.signature, of.lengths) == same)
+
+    def mask_of_other_branch(self, layer: int, batch: int) -> BlockMask | None:
+        """What another guidance branch of equal shape found at this step, where masks are shared.
+
+        In a guided batch there is none: both branches are in it.
+        """
+        assert self.call is not None
+        if self.shares != "mask":
+            return None
+        for branch in self._alike(self.call):
+            kept = self.kept.get((branch, layer))
+            if kept is None or branch == self.call.branch or kept.found_at != self.call.step:
+                continue
+            if kept.mask.bits.shape[0] in (1, batch):
+                return kept.mask
+        return None
 
     def owners(self) -> int:
         """How many branches keep entries of their own."""

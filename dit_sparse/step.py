@@ -16,7 +16,7 @@ from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
 from .patterns.correct import Correction
-from .patterns.search import Search
+from .patterns.search import Found, Search
 from .report import COSTLY
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
@@ -184,13 +184,7 @@ class LayerAttention:
         corrects = self.layer - config.dense_layers < self._corrected_layers(query)
         if corrects or (config.uses_lse and lse is None):
             output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
-        seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
-        shared = self.state.ulysses
-        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
-        mask = found.mask
-        if not isinstance(mask, BlockMask):
-            size = (config.block_size, config.block_size)
-            mask = BlockMask.from_dense(mask, call.grid.tokens, call.grid.tokens, size)
+        found, mask = self._find(query, key, value, lse)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
         mass = None if output is None and config.uses_lse else found.kept_mass
         keeps_lse = config.uses_lse and not corrects  # else the next search runs dense anyway
@@ -212,6 +206,29 @@ class LayerAttention:
         self.state.keep(self.layer, kept)
         self._log("search", None, self._of_all_heads(kept.kept_mass, query), cost)
         return output
+
+    def _find(
+        self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None
+    ) -> tuple[Found, BlockMask]:
+        """A mask for these, found for them or, where guidance branches share it, for the first."""
+        call, config, batch = self.state.call, self.config, query.shape[0]
+        mask = self.state.mask_of_other_branch(self.layer, batch)
+        if mask is not None:
+            return Found(mask), mask
+        both = call.guided and self.state.shares == "mask"
+        if both:  # the negative prompts come first
+            query, key, value = (x[batch // 2 :] for x in (query, key, value))
+            lse = None if lse is None else lse[batch // 2 :]
+        seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
+        shared = self.state.ulysses
+        found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
+        mask = found.mask
+        if not isinstance(mask, BlockMask):
+            size = (config.block_size, config.block_size)
+            mask = BlockMask.from_dense(mask, call.grid.tokens, call.grid.tokens, size)
+        if both:
+            found, mask = replace(found, cost=found.cost / 2), mask.twice()
+        return found, mask
 
     def _sparse(
         self,

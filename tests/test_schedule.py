@@ -60,14 +60,14 @@ def test_a_transformer_that_starts_in_the_middle_searches_first():
 
 
 def test_searches_too_near_to_another_are_left_out():
-    assert search_steps((0.24, 0.49, 0.75), 4, apart=3) == [1]
-    assert search_steps((0.24, 0.49, 0.75), 10, apart=3) == [2, 5, 8]
-    assert search_steps((0.24, 0.49, 0.75), 8, apart=3) == [2, 6]  # 2, 4, 6
+    assert search_steps((0.24, 0.49, 0.75), 4, apart=2) == [1, 3]
+    assert search_steps((0.24, 0.49, 0.75), 8, apart=2) == [2, 4, 6]
+    assert search_steps((0.24, 0.49, 0.75), 8, apart=3) == [2, 6]
     assert search_steps((0.1, 0.2, 0.3), 10) == [1, 2, 3]
     kinds, found = [], None
     for step in range(8):
         kinds.append(step_kind(step, 8, Auto().search_at, found, apart=Auto.apart))
         found = step if kinds[-1] == "search" else found
-    assert "".join(kind[0] for kind in kinds) == "ddsrrrsr"
-    cost = (1 + 1.225 + 0.2 + 3 / 32) / 4
+    assert "".join(kind[0] for kind in kinds) == "ddsrsrsr"
+    cost = (1 + 2 * 1.125 + 3 * (0.1 + 1 / 32)) / 4
     assert Auto(density=0.1).planned_cost(4, 0.1, 1) == pytest.approx(cost)

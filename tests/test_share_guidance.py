@@ -1,4 +1,4 @@
-"""Guidance branches that use one mask and one residual."""
+"""Guidance branches that use one mask, or one mask and one residual."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def run(**options):
 
 @pytest.mark.parametrize("residual", ["fp8", None])
 def test_the_second_branch_uses_what_the_first_found(residual):
-    (own, _), (shared, kept) = (run(residual=residual, share_guidance=on) for on in (False, True))
+    (own, _), (shared, kept) = (run(residual=residual, share_guidance=of) for of in (None, "all"))
     assert {branch for branch, _ in kept} == {"cond"}
     assert shared.peak_cache_bytes == own.peak_cache_bytes / 2 == shared.planned_cache_bytes
     searched = [entry for entry in shared.trace if entry["kind"] == "search"]
@@ -37,9 +37,23 @@ def test_the_second_branch_uses_what_the_first_found(residual):
     assert shared.effective_cost < own.effective_cost
 
 
-def test_it_is_told_by_flags():
-    with pytest.raises(ValueError, match="share_guidance is True or False"):
-        Auto(share_guidance=1)
+@pytest.mark.parametrize("residual", ["fp8", None])
+def test_a_mask_alone_is_shared_and_each_keeps_its_own_residual(residual):
+    own, _ = run(residual=residual, share_guidance=None)
+    shared, kept = run(residual=residual)
+    assert {branch for branch, _ in kept} == {"cond", "uncond"}
+    for layer in {layer for _, layer in kept}:
+        one, other = kept["cond", layer], kept["uncond", layer]
+        assert one.mask is other.mask and one.found_at == other.found_at == 5
+        assert residual is None or one.correction is not other.correction
+    assert shared.search_calls == own.search_calls
+    assert shared.effective_cost < own.effective_cost
+
+
+@pytest.mark.parametrize("value", [True, "residual", 1])
+def test_other_values_are_refused(value):
+    with pytest.raises(ValueError, match='share_guidance must be "mask", "all" or None'):
+        Auto(share_guidance=value)
 
 
 def call(branch, frames=2, lengths=None, step=3):
@@ -50,16 +64,32 @@ def call(branch, frames=2, lengths=None, step=3):
 @pytest.mark.parametrize("other", [call("uncond", frames=3), call("uncond", lengths=(100,))])
 def test_branches_of_another_shape_keep_their_own(other):
     for second, place, owners in ((call("uncond"), "cond", 1), (other, "uncond", 2)):
-        state = State(shares=True)
+        state = State(shares="all")
         state.begin(call("cond"))
         state.begin(second)
         assert state.place(4) == (place, 4) and state.owners() == owners
 
 
+def test_a_mask_of_another_step_shape_or_batch_is_not_used():
+    mask = BlockMask.from_dense(torch.ones(2, 1, 2, 2) > 0, 128, 128, (64, 64))
+    for second, found_at, batch, found in (
+        (call("uncond"), 3, 2, True),
+        (call("uncond"), 2, 2, False),
+        (call("uncond"), 3, 4, False),
+        (call("uncond", frames=3), 3, 2, False),
+    ):
+        state = State(shares="mask")
+        state.begin(call("cond"))
+        state.keep(0, Kept(mask, None, None, found_at))
+        assert state.mask_of_other_branch(0, 2) is None  # it is the first
+        state.begin(second)
+        assert (state.mask_of_other_branch(0, batch) is mask) == found
+
+
 def test_whoever_comes_first_in_a_step_searches():
     """A cache may have skipped the first branch."""
     state, mask = (
-        State(shares=True),
+        State(shares="all"),
         BlockMask.from_dense(torch.ones(1, 1, 2, 2) > 0, 128, 128, (64, 64)),
     )
     for step, branch in ((0, "cond"), (0, "uncond"), (5, "uncond")):
@@ -70,7 +100,7 @@ def test_whoever_comes_first_in_a_step_searches():
 
 def test_hunyuan_video_with_two_prompts_of_different_length_runs():
     pipe = make("HunyuanVideo")
-    enable_sparse_attention(pipe, "auto", density=0.5, block_size=32, share_guidance=True)
+    enable_sparse_attention(pipe, "auto", density=0.5, block_size=32, share_guidance="all")
     given = arguments("HunyuanVideo", guided=True)
     frames = pipe(**given, num_inference_steps=6, output_type="latent").frames
     assert frames.isfinite().all()
@@ -86,8 +116,8 @@ def joint(share, guided=True, **call):
 
 
 def test_a_batch_of_both_branches_is_taken_in_two_parts():
-    _, own = joint(False)
-    _, shared = joint(True)
+    _, own = joint(None)
+    _, shared = joint("all")
     assert {entry["branch"] for entry in own.trace} == {"cond_uncond"}
     assert {entry["branch"] for entry in shared.trace} == {"cond", "uncond"}
     searched = [entry for entry in shared.trace if entry["kind"] == "search"]
@@ -96,12 +126,26 @@ def test_a_batch_of_both_branches_is_taken_in_two_parts():
     assert shared.effective_cost < own.effective_cost
 
 
+def test_in_a_batch_of_both_branches_the_mask_is_that_of_the_prompt():
+    _, own = joint(None)
+    _, shared = joint("mask")
+    assert {entry["branch"] for entry in shared.trace} == {"cond_uncond"}
+    assert shared.peak_cache_bytes < own.peak_cache_bytes  # one mask for both samples
+    assert shared.effective_cost < own.effective_cost
+
+
+def test_masks_of_a_larger_guided_batch_stand_for_both_halves():
+    masks = torch.rand(2, 1, 2, 2) > 0.5
+    twice = BlockMask.from_dense(masks, 128, 128, (64, 64)).twice()
+    assert twice.to_dense().equal(torch.cat([masks, masks]))
+
+
 def test_without_guidance_a_batch_stays_whole():
-    plain, _ = joint(False, guided=False)
-    frames, report = joint(True, guided=False)
+    plain, _ = joint(None, guided=False)
+    frames, report = joint("all", guided=False)
     assert frames.equal(plain) and {entry["branch"] for entry in report.trace} == {"cond_uncond"}
 
 
 def test_a_scale_that_changes_on_the_way_changes_nothing():
-    _, report = joint(True, use_dynamic_cfg=True)
+    _, report = joint("all", use_dynamic_cfg=True)
     assert {entry["branch"] for entry in report.trace} == {"cond", "uncond"}

@@ -14,8 +14,7 @@ less of what changes in O through where O stands for less of the row.
 - A block left out is told by a mean of each `tail_tokens` of its tokens, by default two of them.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
-- Runs of few steps leave out searches that come less than three steps after another: they would
-  cost more than dense attention.
+- Searches that come right after another are left out: two refreshes cost more than two dense calls.
 - Where `cost_model.json` knows the GPU and expects sparse to be slower, every step runs dense.
 """
 
@@ -26,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import CACHE_DEVICES, SparseConfig, flag, is_number, one_of, part
+from ..config import CACHE_DEVICES, SHARES, SparseConfig, flag, is_number, one_of, part
 from .correct import Correction, measure_residual
 from .score import Scores, sampled_rows
 from .search import Found, Search
@@ -59,8 +58,8 @@ class Auto(SparseConfig):
         damping: exponent of the share of mass that scales sparse outputs where a residual is kept;
             0 lets all changes through, 1 is Re-ttention's.
         share_guidance: where guidance runs two branches of equal shape, the negative prompt uses
-            mask and residual of the other, so that their errors are alike and guidance cancels
-            them; a refresh then runs dense for one of them alone.
+            the other's "mask", so that their errors are alike and guidance cancels them; or "all",
+            its residual too: a refresh then runs dense for one of them alone. None shares nothing.
         cache_device: where residuals are kept: on the "model"'s device, or on the "cpu" in pinned
             memory, and each is copied to the GPU while the layer before computes.
         max_cache_bytes: of all that is kept between steps, on either device; residuals take what
@@ -74,7 +73,7 @@ class Auto(SparseConfig):
     tail_tokens: int = 32
     residual: str | None = "fp8"
     damping: float = 0.25
-    share_guidance: bool = False
+    share_guidance: str | None = "mask"
     cache_device: str = "model"
     max_cache_bytes: int | None = 4 * 2**30
     dense_if_faster: bool = True
@@ -95,7 +94,7 @@ class Auto(SparseConfig):
         {"density": 0.1},
         {"density": 0.2},
     )
-    apart: ClassVar[int] = 3
+    apart: ClassVar[int] = 2
     search_cost: ClassVar[float] = 0.125
     tail: ClassVar[bool] = True
 
@@ -106,7 +105,10 @@ class Auto(SparseConfig):
     def __post_init__(self):
         super().__post_init__()
         flag("dense_if_faster", self.dense_if_faster)
-        flag("share_guidance", self.share_guidance)
+        if self.share_guidance not in SHARES:
+            raise ValueError(
+                f'share_guidance must be "mask", "all" or None, got {self.share_guidance!r}'
+            )
         one_of("cache_device", self.cache_device, CACHE_DEVICES)
         one_of("tail_tokens", self.tail_tokens, TAIL_TOKENS)
         if self.tail_tokens > self.block_size:
