@@ -31,6 +31,7 @@ from pareto import (  # noqa: E402
 )
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
+from dit_sparse.config import SHARES  # noqa: E402
 from dit_sparse.patterns.auto import TARGETS  # noqa: E402
 from dit_sparse.patterns.correct import add_residual  # noqa: E402
 from dit_sparse.patterns.score import exact_mass  # noqa: E402
@@ -87,7 +88,9 @@ def variants(config):
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
     yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
-    yield "shared guidance", replace(config, share_guidance=not config.share_guidance)
+    for shares in SHARES:
+        if shares != config.share_guidance:
+            yield f"guidance shares {shares}", replace(config, share_guidance=shares)
     for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
     for searches in (1, 2, 4, 6):

@@ -63,6 +63,7 @@ class SparseConfig:
     corrects: ClassVar[bool] = False  # True where a search runs dense too, to measure a correction
     # True where sparse outputs are completed by means of the rest; a correction is a residual then.
     tail: ClassVar[bool] = False
+    text_queries: ClassVar[bool] = True  # whether text rows read everything, as text keys are read
     compares_heads: ClassVar[bool] = False  # True where a search needs all heads in one place
     search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
 
@@ -147,7 +148,8 @@ class SparseConfig:
         from .patterns.select import forced_blocks
 
         device = search.query.device
-        return forced_blocks(search.grid, self.block_size, device, self.own_block)
+        rule = self.own_block, self.text_queries
+        return forced_blocks(search.grid, self.block_size, device, *rule)
 
     def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes kept between steps for one layer and branch; `shape` (B, S, H, D) of the query.

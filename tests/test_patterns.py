@@ -8,6 +8,7 @@ import torch
 
 from dit_sparse import (
     AdaSpa,
+    Auto,
     DraftAttention,
     RandomBlocks,
     Rettention,
@@ -88,6 +89,9 @@ def test_a_batch_of_both_branches_gives_the_masks_of_two_calls(method):
 def test_forced_blocks_are_own_and_text():
     forced = forced_blocks(VideoGrid(2, 8, 8, text_tokens=10), 64, torch.device("cpu"))
     assert forced.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+    grid, device = VideoGrid(2, 8, 8, text_tokens=10, conditioning_frames=1), torch.device("cpu")
+    rows = forced_blocks(grid, 64, device, text_queries=False)
+    assert rows.tolist() == [[True, True, True], [True, True, True], [True, False, True]]
 
 
 @pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])
@@ -103,6 +107,13 @@ def test_text_attends_and_is_attended(method):
     grid = VideoGrid(5, 16, 16, text_tokens=30, text_first=True)
     mask = method(density=0.2).find(make_search(grid)).mask
     assert mask[..., 0].all() and mask[..., 0, :].all()
+
+
+def test_text_chooses_like_the_rest_where_a_tail_tells_it_what_it_skips():
+    grid = VideoGrid(5, 16, 16, text_tokens=30, text_first=True)
+    mask = Auto(density=0.2).find(make_search(grid)).mask
+    assert mask[..., 0].all() and mask.diagonal(dim1=-2, dim2=-1).all()
+    assert mask[..., 0, :].float().mean() == pytest.approx(0.2, abs=0.05)
 
 
 @pytest.mark.parametrize("method", [AdaSpa, RandomBlocks, Window])

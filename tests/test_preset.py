@@ -72,7 +72,9 @@ def test_a_file_is_a_method(tmp_path):
 def test_a_preset_of_an_earlier_version_keeps_its_meaning(tmp_path):
     path = tmp_path / "p.json"
     path.write_text(json.dumps({"schema": 1, "method": "auto", "options": {"density": 0.2}}))
-    assert make_config(str(path), {})[0] == Auto(density=0.2, tail_tokens=64, damping=0)
+    assert make_config(str(path), {})[0] == Auto(
+        density=0.2, tail_tokens=64, damping=0, share_guidance=None
+    )
     assert make_config(str(path), {"damping": 0.5})[0].damping == 0.5
     path.write_text(json.dumps({"schema": 1, "method": "adaspa", "options": {"density": 0.2}}))
     assert make_config(str(path), {})[0] == AdaSpa(density=0.2)

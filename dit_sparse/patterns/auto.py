@@ -11,6 +11,7 @@ less of what changes in O through where O stands for less of the row.
   used, and R is kept in fp8 with a scale per row, a quarter of float32's bytes and half of bf16's;
   g is a float32 a row.
 - A search of a layer without one runs sparse at once.
+- Text keys are in every row; rows of text choose as the others do, since a tail tells them the rest.
 - A block left out is told by a mean of each `tail_tokens` of its tokens, by default two of them.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
@@ -89,14 +90,15 @@ class Auto(SparseConfig):
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
     swept: ClassVar[tuple[dict, ...]] = (  # finer means are for where few blocks are kept
-        {"density": 0.05, "tail_tokens": 64},
-        {"density": 0.05, "tail_tokens": 16},
-        {"density": 0.1},
-        {"density": 0.2},
+        {"density": 0.05, "tail_tokens": 16, "share_guidance": "all"},
+        {"density": 0.1, "share_guidance": "all"},
+        {"density": 0.2, "share_guidance": "all"},
+        {"density": 0.1, "share_guidance": "mask"},
     )
     apart: ClassVar[int] = 2
     search_cost: ClassVar[float] = 0.125
     tail: ClassVar[bool] = True
+    text_queries: ClassVar[bool] = False
 
     @property
     def refuses(self) -> bool:

@@ -167,18 +167,25 @@ def segments_of(grid: VideoGrid, block_size: int, device: torch.device) -> Tenso
 
 @lru_cache(maxsize=16)  # every layer asks for the same
 def forced_blocks(
-    grid: VideoGrid, block_size: int, device: torch.device, own: bool = True
+    grid: VideoGrid,
+    block_size: int,
+    device: torch.device,
+    own: bool = True,
+    text_queries: bool = True,
 ) -> Tensor:
     """Blocks that are always kept, (N, N) bool; kept for the next call, so not to be changed.
 
-    A row's own block unless `own` is False, and all that touch text or a conditioning frame.
+    A row's own block unless `own` is False, and all that touch text or a conditioning frame; with
+    `text_queries` False rows of text read text and conditioning frames alone.
     """
     blocks_in_all = grid.num_blocks(block_size)
     forced = torch.zeros(blocks_in_all, blocks_in_all, dtype=torch.bool, device=device)
     forced.fill_diagonal_(own)
-    for blocks in (grid.text_blocks(block_size), grid.conditioning_blocks(block_size)):
+    text, conditioning = grid.text_blocks(block_size), grid.conditioning_blocks(block_size)
+    for blocks, rows in ((text, text_queries), (conditioning, True)):
         forced[:, blocks.start : blocks.stop] = True
-        forced[blocks.start : blocks.stop, :] = True
+        if rows:
+            forced[blocks.start : blocks.stop, :] = True
     return forced
 
 
