@@ -98,9 +98,15 @@ def test_damping_and_finer_means():
 
 
 def test_several_gpus():
-    schedules = result("ulysses_h100x2")["schedules"]
+    found = result("ulysses_h200x2")
+    schedules, kinds = found["schedules"], found["kinds"]
     gain = f"{schedules[0]['speedup_by_gpus']:.2f} times as fast as one"
     assert gain in text("README.md") and gain in text("docs/performance.md")
+    assert f"dense {kinds['dense']['speedup']:.2f} times" in text("docs/performance.md")
+    told = f"{kinds['reuse']['speedup']:.2f} times (reuse) to {kinds['search']['speedup']:.2f}"
+    told += " times (search) as fast. The exchange takes "
+    told += f"{kinds['reuse']['exchange_share']:.0%} of a reuse"
+    assert told in text("docs/several_gpus.md")
     rows = table("docs/several_gpus.md", "50 steps, seconds")
     for schedule in schedules:
         cells = rows[f"density {schedule['density']:g}, search at {schedule['search_at']}"]
