@@ -114,6 +114,18 @@ def test_several_gpus():
         assert told == [f"{seconds:.4g}" for seconds in schedule["seconds_50"].values()]
 
 
+def test_from_how_many_tokens_on():
+    ms = {
+        (f"{row['tokens']:,}", row["method"], row["kind"]): row["seconds"] * 1e3
+        for row in result("crossover_h200")["rows"]
+        if (row["heads"], row["dim"]) == (24, 128)
+    }
+    columns = [("dense", "dense"), ("auto", "reuse"), ("auto", "search"), ("adaspa", "reuse")]
+    columns += [("adaspa", "search"), ("adaspa-sampled", "search")]
+    for tokens, cells in table("docs/performance.md", "tokens", "dense").items():
+        assert are(cells, *(ms[tokens, *column] for column in columns))
+
+
 @pytest.mark.parametrize("box", BOXES)
 def test_readme_quality(box):
     def told(values):
