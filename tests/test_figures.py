@@ -187,6 +187,42 @@ def test_kernels_on_an_h200():
     assert told in text("docs/performance.md")
 
 
+def test_searches():
+    records = [r for r in result("kernels_h200")["records"] if r["run"] == 2]
+    rows = {
+        "exact block mass": ["block_mass"],
+        "mass of sampled rows": ["sampled_mass"],
+        "selection and lists": ["selection", "lists"],
+        "tokens into block order, once a step": ["reorder"],
+    }
+    told = table("docs/performance.md", "", "wanted")
+    assert list(told) == list(rows)
+    for place, shape in enumerate(SHAPES.values()):
+        found = {
+            r["engine"]: r
+            for r in records
+            if r["shape"] == shape and r.get("block", [64]) != [128, 128]
+        }
+        dense = found["fa4-dense"]["ms"]
+        for name, engines in rows.items():
+            parts = [found[engine] for engine in engines]
+            times = [[part.get(of) for part in parts] for of in ("ms", "busy_ms")]
+            shares = [sum(ms) / dense for ms in times if None not in ms]
+            assert are(re.findall(NUMBER, told[name][1 + place]), *shares)
+
+
+def test_counters():
+    kernels = {"Gluon": "gluon", "Triton": "triton", "flash-attn-4": "fa4", "FP8": "fp8"}
+    kernels |= {"tail_fwd": "tail", "block_mass": "mass"}
+    columns = "tensor", "l2", "exponentials", "issued", "memory"
+    records = result("counters_h200")["records"]
+    for name, cells in table("docs/log.md", "kernel, blocks").items():
+        kernel, block = name.split(", ")
+        case = f"wan-1.3b {kernels[kernel]} {block.split()[-1]}"
+        longest = max((r for r in records if r["case"] == case), key=lambda r: r["us"])
+        assert are(cells, *(longest[column] for column in columns))
+
+
 STEPS = {
     ("0.40", "0.32", "0.24"): {
         "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True, 0.2),
