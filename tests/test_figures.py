@@ -224,35 +224,86 @@ def test_counters():
 
 
 STEPS = {
-    ("0.40", "0.32", "0.24"): {
-        "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True, 0.2),
-        "Wan 1.3B 480p, eager": ("step_wan-1.3b_h100", False, 0.2),
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_h100", False, 0.2),
-    },
-    ("0.37", "0.29", "0.21"): {
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_sampled_h100", False, 0.2),
-    },
-    ("0.35", "0.26", "0.29"): {
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_auto_h100", False, 0.1),
-        "Wan 1.3B 480p, eager": ("step_wan-1.3b_auto_h100", False, 0.1),
-    },
+    "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True),
+    "Wan 1.3B 480p, eager": ("step_wan-1.3b_h100", False),
+    "HunyuanVideo 720p, eager": ("step_hunyuanvideo_h100", False),
+}
+STEPS_H200 = {
+    "HunyuanVideo 720p, adaspa-sampled": ("hunyuanvideo-720p_adaspa-sampled", False),
+    "HunyuanVideo 720p, auto": ("hunyuanvideo-720p_auto", False),
+    "HunyuanVideo 720p, auto, cache_device=cpu": ("hunyuanvideo-720p_auto_cpu", False),
+    "Wan 14B 720p, adaspa-sampled": ("wan-14b-720p_adaspa-sampled", False),
+    "Wan 1.3B 480p, auto": ("wan-1.3b-480p_auto", False),
+    "Wan 1.3B 480p, auto, compiled": ("wan-1.3b-480p_auto", True),
+    "CogVideoX-5B 480p, adaspa-sampled": ("cogvideox-5b-480p_adaspa-sampled", False),
 }
 
 
-@pytest.mark.parametrize("costs", STEPS)
-def test_whole_videos(costs):
+def schedules(name, compiled, density):
+    found = result(name)["schedules"]
+    return [s for s in found if (s["compiled"], s["density"]) == (compiled, density)]
+
+
+def are_times(cells, dense, found):
+    assert are(re.findall(NUMBER, dense), found[0]["dense_seconds_50"])
+    for cell, schedule in zip(cells, found, strict=True):
+        assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+
+
+def test_whole_videos():
+    costs = "0.40", "0.32", "0.24"
     rows = table("docs/performance.md", "model", "dense", f"at effective cost {costs[0]}")
-    assert list(rows) == list(STEPS[costs])
-    for model, (name, compiled, density) in STEPS[costs].items():
-        found = [
-            s
-            for s in result(name)["schedules"]
-            if s["compiled"] == compiled and s["density"] == density
-        ][: len(costs)]
+    assert list(rows) == list(STEPS)
+    for model, (name, compiled) in STEPS.items():
+        found = schedules(name, compiled, 0.2)[: len(costs)]
         assert are(list(costs), *(schedule["effective_cost"] for schedule in found))
-        assert are(re.findall(NUMBER, rows[model][0]), found[0]["dense_seconds_50"])
-        for cell, schedule in zip(rows[model][1:], found, strict=True):
-            assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+        are_times(rows[model][1:], rows[model][0], found)
+
+
+def test_whole_videos_on_an_h200():
+    rows = table("docs/performance.md", "model, method", "rest")
+    beside = table("docs/log.md", "", "search", "selection, lists, order")
+    assert list(rows) == list(STEPS_H200) and set(beside) < set(rows)
+    for model, (rest, dense, *cells) in rows.items():
+        name, compiled = STEPS_H200[model]
+        auto = "auto" in name
+        found = schedules(f"step_{name}_h200", compiled, 0.1 if auto else 0.2)[: len(cells)]
+        are_times(cells, dense, found)
+        costs = (0.35, 0.26, 0.29, 0.18) if auto else (0.37, 0.29, 0.29, 0.21)
+        assert [s["effective_cost"] for s in found] == pytest.approx(costs, abs=0.01)
+        forwards = result(f"step_{name}_h200")["rows"]
+        (stock,) = (r for r in forwards if (r["kind"], r["compiled"]) == ("dense", compiled))
+        assert are([rest], stock["rest_s"] / stock["seconds"])
+        if model in beside:
+            share = shares_beside(found[0], stock, model.split(",")[0])
+            told = [cell for cell in beside[model] if cell]
+            assert are(told, *(100 * x for x in share if x is not None))
+    first = [
+        schedules(f"step_{STEPS_H200[f'HunyuanVideo 720p, {of}'][0]}_h200", False, density)
+        for of, density in (("auto", 0.1), ("adaspa-sampled", 0.2))
+    ]
+    told = (f"{s['speedup']:.2f} times" for found in first for s in found[:2])
+    assert all(gain in text("README.md").replace("times as fast", "times") for gain in told)
+
+
+def shares_beside(schedule, stock, model):
+    """Of dense attention: search, selection, outside of attention, tail and residual, all."""
+    search, beside = schedule["search_share"], schedule["overhead_share"]
+    outside = schedule["overhead_share_by_difference"] - beside
+    if schedule["density"] == 0.2:
+        return search, beside, outside, None, search + beside + outside
+    (kernel,) = (
+        record["ms"] / 1000
+        for record in result("kernels_h200")["records"]
+        if (record["shape"], record["engine"]) == (SHAPES[model], "triton")
+        if (record["block"], record["density"], record["mask"]) == ([64, 64], 0.1, "random")
+    )
+    layers = {"wan-1.3b": 30, "hunyuanvideo-720p": 60}[SHAPES[model]]
+    steps = schedule["steps"]
+    sparse = steps["first reuse"] + steps["reuse"]
+    alone = (50 - sparse + sparse * layers * kernel / stock["attention_s"]) / 50
+    tail = schedule["effective_time"] - search - beside - alone
+    return search, beside, outside, tail, search + beside + outside + tail
 
 
 @pytest.mark.parametrize("box", [*BOXES, "wan_tiny_lora"])
