@@ -97,6 +97,39 @@ def test_damping_and_finer_means():
     assert f"{min(means):.1f} to {max(means):.1f} dB nearer to dense" in text("README.md")
 
 
+def test_claims_of_the_seed_papers():
+    both = "rho and residual"
+    rows = {
+        "2 searches over 1": ("reuse", "2 searches minus 1 searches"),
+        "4 searches over 1": ("reuse", "4 searches minus 1 searches"),
+        "a search at every step over 1": ("reuse", "every step minus 1 searches"),
+        "rho over nothing": ("residual", "rho minus nothing"),
+        "a residual over nothing": ("residual", "residual minus nothing"),
+        "both, as published, over nothing": ("residual", f"{both}, as published minus nothing"),
+        "both, clamped, over nothing": ("residual", f"{both}, clamped minus nothing"),
+        "both, means of 64 tokens, over nothing": (
+            "residual",
+            f"{both} of 64 tokens minus nothing",
+        ),
+        "a table of the judged prompts over one of others": (
+            "table",
+            "the same prompts minus other prompts",
+        ),
+    }
+    told = table("docs/log.md", "difference", "Wan")
+    published = told.pop("both, as published, over a residual")
+    assert list(told) == list(rows)
+    for place, box in enumerate(BOXES):
+        found = {claim: of["paired"] for claim, of in result(f"claims_{box}")["claims"].items()}
+        for name, (claim, difference) in rows.items():
+            values = found[claim][difference]
+            numbers = re.findall(r"-?[0-9.]+", told[name][place])
+            assert are(numbers, values["psnr"], *values["psnr_ci95"])
+        names = f"{both}, as published", "residual"
+        with_rho, alone = (found["residual"][f"{name} minus nothing"]["psnr"] for name in names)
+        assert are([published[place].split()[0]], with_rho - alone)
+
+
 def test_several_gpus():
     found = result("ulysses_h200x2")
     schedules, kinds = found["schedules"], found["kinds"]
