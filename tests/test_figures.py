@@ -345,3 +345,16 @@ def test_what_the_boxes_follow(box):
     rows = table("samples/TRAINING.md", "", "updates")
     told = next(cells for name, cells in rows.items() if name.split(",")[0] == box)
     assert told[2:5] == [f"{share:.0%}" for share in found]
+    assert "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * x for x in found)) in text("docs/limits.md")
+
+
+def test_what_larger_boxes_attend_to():
+    def points(shares):
+        return "{:.0f}, {:.0f} and {:.0f}".format(*(100 * share for share in shares))
+
+    found, page = [result(f"structure_{box}_256") for box in BOXES], text("docs/limits.md")
+    assert f"hold {points(of['kept_mass']['0.2'] for of in found)}% of the mass" in page
+    names = "window_misses", "early_misses_at_the_end", "pooled_misses"
+    window, early, pooled = (points(of[f"mean_{name}"] for of in found) for name in names)
+    assert f"window misses {window} points" in page and f"mask {early} by the end" in page
+    assert pooled == "1, 1 and 1"
