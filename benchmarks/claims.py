@@ -47,6 +47,10 @@ def evenly(searches):
 class OfTheMap(AdaSpa):
     """The best blocks of a head's whole map; every row keeps one."""
 
+    def find(self, search):
+        mass, cost = self.score(search)  # what AdaSpa packs on a GPU are the best of every row
+        return self.find_in_torch(mass, self.forced(search), cost)
+
     def _select(self, mass, density, forced):
         kept = blocks_of(density, mass.shape[-1] ** 2)
         return top_k_map(mass, kept, forced, row_floor=1)

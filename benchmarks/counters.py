@@ -89,7 +89,7 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
         if why_not("fa4", Problem(q.device, q.dtype, dim, blocks)) is None:
             yield f"fa4 {block}", lambda m=mask: sparse_attention(q, k, v, m, engine="fa4")
         if block == 64:
-            for mean in (64, 16):
+            for mean in (64, 32, 16):
                 yield (
                     f"tail {mean}",
                     lambda m=mask, t=mean: tail_attention(q, k, v, m, tail_tokens=t),

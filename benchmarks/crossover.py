@@ -1,6 +1,6 @@
 """From how many tokens on is a sparse attention call faster than a dense one?
 
-    python benchmarks/crossover.py --out benchmarks/results/crossover_h100.json
+    python benchmarks/crossover.py --out benchmarks/results/crossover_h200.json
 
 Whole calls of one layer as a pipeline makes them, (B, S, H, D) in and out: dense by torch's own
 choice, and a search and a reuse of each method, host time included where the GPU waits for it.

@@ -1,8 +1,8 @@
 """What do two GPUs save of a HunyuanVideo 720p denoising step, dense and sparse?
 
-    torchrun --nproc-per-node 2 benchmarks/ulysses.py --out benchmarks/results/ulysses_h100x2.json
+    torchrun --nproc-per-node 2 benchmarks/ulysses.py --out benchmarks/results/ulysses_h200x2.json
     torchrun --nproc-per-node 2 benchmarks/ulysses.py --smoke --out x.json    # tiny, on a CPU too
-    python benchmarks/ulysses.py --expect benchmarks/results/ulysses_h100x2.json    # of 4 and 8
+    python benchmarks/ulysses.py --expect benchmarks/results/ulysses_h200x2.json    # of 4 and 8
 
 The forwards of step.py on one GPU (each process alone, at the same time), then on both by Ulysses.
 Outputs are compared first: with the same masks two GPUs must equal one within rounding. "exchange"

@@ -13,6 +13,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
 
 import claims  # noqa: E402
 
+from dit_sparse.grid import VideoGrid  # noqa: E402
+from dit_sparse.patterns.search import Search  # noqa: E402
+
 
 def test_the_best_of_the_map_are_as_many_and_heavier():
     mass = torch.rand(1, 2, 20, 20) ** 4
@@ -23,6 +26,16 @@ def test_the_best_of_the_map_are_as_many_and_heavier():
     of_rows = claims.AdaSpa._select(config, mass, density, forced)
     assert of_map.sum() == of_rows.sum() == 2 * 80
     assert mass[of_map].sum() > mass[of_rows].sum() and of_map.any(-1).all()
+
+
+def test_the_map_is_not_searched_by_the_kernel_that_packs_rows(monkeypatch):
+    monkeypatch.setattr("dit_sparse.patterns.adaspa.packs", lambda mass: True)
+    monkeypatch.setattr(claims.AdaSpa, "find_packed", lambda *given: pytest.fail("rows"))
+    grid = VideoGrid(4, 8, 8)
+    query, key = torch.randn(2, 1, grid.tokens, 2, 8)
+    search = Search(query, key, torch.zeros(1, 2, grid.tokens), grid, 0)
+    config = claims.OfTheMap(density=0.5, block_size=32, head_adaptive=False)
+    assert config.find(search).mask.sum() == 2 * 32
 
 
 def test_what_is_corrected_by_what():

@@ -97,15 +97,66 @@ def test_damping_and_finer_means():
     assert f"{min(means):.1f} to {max(means):.1f} dB nearer to dense" in text("README.md")
 
 
+def test_claims_of_the_seed_papers():
+    both = "rho and residual"
+    rows = {
+        "2 searches over 1": ("reuse", "2 searches minus 1 searches"),
+        "4 searches over 1": ("reuse", "4 searches minus 1 searches"),
+        "a search at every step over 1": ("reuse", "every step minus 1 searches"),
+        "rho over nothing": ("residual", "rho minus nothing"),
+        "a residual over nothing": ("residual", "residual minus nothing"),
+        "both, as published, over nothing": ("residual", f"{both}, as published minus nothing"),
+        "both, clamped, over nothing": ("residual", f"{both}, clamped minus nothing"),
+        "both, means of 64 tokens, over nothing": (
+            "residual",
+            f"{both} of 64 tokens minus nothing",
+        ),
+        "a table of the judged prompts over one of others": (
+            "table",
+            "the same prompts minus other prompts",
+        ),
+    }
+    told = table("docs/log.md", "difference", "Wan")
+    published = told.pop("both, as published, over a residual")
+    assert list(told) == list(rows)
+    for place, box in enumerate(BOXES):
+        found = {claim: of["paired"] for claim, of in result(f"claims_{box}")["claims"].items()}
+        for name, (claim, difference) in rows.items():
+            values = found[claim][difference]
+            numbers = re.findall(r"-?[0-9.]+", told[name][place])
+            assert are(numbers, values["psnr"], *values["psnr_ci95"])
+        names = f"{both}, as published", "residual"
+        with_rho, alone = (found["residual"][f"{name} minus nothing"]["psnr"] for name in names)
+        assert are([published[place].split()[0]], with_rho - alone)
+
+
 def test_several_gpus():
-    schedules = result("ulysses_h100x2")["schedules"]
+    found = result("ulysses_h200x2")
+    schedules, kinds = found["schedules"], found["kinds"]
     gain = f"{schedules[0]['speedup_by_gpus']:.2f} times as fast as one"
     assert gain in text("README.md") and gain in text("docs/performance.md")
+    assert f"dense {kinds['dense']['speedup']:.2f} times" in text("docs/performance.md")
+    told = f"{kinds['reuse']['speedup']:.2f} times (reuse) to {kinds['search']['speedup']:.2f}"
+    told += " times (search) as fast. The exchange takes "
+    told += f"{kinds['reuse']['exchange_share']:.0%} of a reuse"
+    assert told in text("docs/several_gpus.md")
     rows = table("docs/several_gpus.md", "50 steps, seconds")
     for schedule in schedules:
         cells = rows[f"density {schedule['density']:g}, search at {schedule['search_at']}"]
         told = [cell.split()[0] for cell in cells[1:3]]
         assert told == [f"{seconds:.4g}" for seconds in schedule["seconds_50"].values()]
+
+
+def test_from_how_many_tokens_on():
+    ms = {
+        (f"{row['tokens']:,}", row["method"], row["kind"]): row["seconds"] * 1e3
+        for row in result("crossover_h200")["rows"]
+        if (row["heads"], row["dim"]) == (24, 128)
+    }
+    columns = [("dense", "dense"), ("auto", "reuse"), ("auto", "search"), ("adaspa", "reuse")]
+    columns += [("adaspa", "search"), ("adaspa-sampled", "search")]
+    for tokens, cells in table("docs/performance.md", "tokens", "dense").items():
+        assert are(cells, *(ms[tokens, *column] for column in columns))
 
 
 @pytest.mark.parametrize("box", BOXES)
@@ -169,36 +220,123 @@ def test_kernels_on_an_h200():
     assert told in text("docs/performance.md")
 
 
+def test_searches():
+    records = [r for r in result("kernels_h200")["records"] if r["run"] == 2]
+    rows = {
+        "exact block mass": ["block_mass"],
+        "mass of sampled rows": ["sampled_mass"],
+        "selection and lists": ["selection", "lists"],
+        "tokens into block order, once a step": ["reorder"],
+    }
+    told = table("docs/performance.md", "", "wanted")
+    assert list(told) == list(rows)
+    for place, shape in enumerate(SHAPES.values()):
+        found = {
+            r["engine"]: r
+            for r in records
+            if r["shape"] == shape and r.get("block", [64]) != [128, 128]
+        }
+        dense = found["fa4-dense"]["ms"]
+        for name, engines in rows.items():
+            parts = [found[engine] for engine in engines]
+            times = [[part.get(of) for part in parts] for of in ("ms", "busy_ms")]
+            shares = [sum(ms) / dense for ms in times if None not in ms]
+            assert are(re.findall(NUMBER, told[name][1 + place]), *shares)
+
+
+def test_counters():
+    kernels = {"Gluon": "gluon", "Triton": "triton", "flash-attn-4": "fa4", "FP8": "fp8"}
+    kernels |= {"tail_fwd": "tail", "block_mass": "mass"}
+    columns = "tensor", "l2", "exponentials", "issued", "memory"
+    records = result("counters_h200")["records"]
+    for name, cells in table("docs/log.md", "kernel, blocks").items():
+        kernel, block = name.split(", ")
+        case = f"wan-1.3b {kernels[kernel]} {block.split()[-1]}"
+        longest = max((r for r in records if r["case"] == case), key=lambda r: r["us"])
+        assert are(cells, *(longest[column] for column in columns))
+
+
 STEPS = {
-    ("0.40", "0.32", "0.24"): {
-        "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True, 0.2),
-        "Wan 1.3B 480p, eager": ("step_wan-1.3b_h100", False, 0.2),
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_h100", False, 0.2),
-    },
-    ("0.37", "0.29", "0.21"): {
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_sampled_h100", False, 0.2),
-    },
-    ("0.35", "0.26", "0.29"): {
-        "HunyuanVideo 720p, eager": ("step_hunyuanvideo_auto_h100", False, 0.1),
-        "Wan 1.3B 480p, eager": ("step_wan-1.3b_auto_h100", False, 0.1),
-    },
+    "Wan 1.3B 480p, compiled": ("step_wan-1.3b_h100", True),
+    "Wan 1.3B 480p, eager": ("step_wan-1.3b_h100", False),
+    "HunyuanVideo 720p, eager": ("step_hunyuanvideo_h100", False),
+}
+STEPS_H200 = {
+    "HunyuanVideo 720p, adaspa-sampled": ("hunyuanvideo-720p_adaspa-sampled", False),
+    "HunyuanVideo 720p, auto": ("hunyuanvideo-720p_auto", False),
+    "HunyuanVideo 720p, auto, cache_device=cpu": ("hunyuanvideo-720p_auto_cpu", False),
+    "Wan 14B 720p, adaspa-sampled": ("wan-14b-720p_adaspa-sampled", False),
+    "Wan 1.3B 480p, auto": ("wan-1.3b-480p_auto", False),
+    "Wan 1.3B 480p, auto, compiled": ("wan-1.3b-480p_auto", True),
+    "CogVideoX-5B 480p, adaspa-sampled": ("cogvideox-5b-480p_adaspa-sampled", False),
 }
 
 
-@pytest.mark.parametrize("costs", STEPS)
-def test_whole_videos(costs):
+def schedules(name, compiled, density):
+    found = result(name)["schedules"]
+    return [s for s in found if (s["compiled"], s["density"]) == (compiled, density)]
+
+
+def are_times(cells, dense, found):
+    assert are(re.findall(NUMBER, dense), found[0]["dense_seconds_50"])
+    for cell, schedule in zip(cells, found, strict=True):
+        assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+
+
+def test_whole_videos():
+    costs = "0.40", "0.32", "0.24"
     rows = table("docs/performance.md", "model", "dense", f"at effective cost {costs[0]}")
-    assert list(rows) == list(STEPS[costs])
-    for model, (name, compiled, density) in STEPS[costs].items():
-        found = [
-            s
-            for s in result(name)["schedules"]
-            if s["compiled"] == compiled and s["density"] == density
-        ][: len(costs)]
+    assert list(rows) == list(STEPS)
+    for model, (name, compiled) in STEPS.items():
+        found = schedules(name, compiled, 0.2)[: len(costs)]
         assert are(list(costs), *(schedule["effective_cost"] for schedule in found))
-        assert are(re.findall(NUMBER, rows[model][0]), found[0]["dense_seconds_50"])
-        for cell, schedule in zip(rows[model][1:], found, strict=True):
-            assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+        are_times(rows[model][1:], rows[model][0], found)
+
+
+def test_whole_videos_on_an_h200():
+    rows = table("docs/performance.md", "model, method", "rest")
+    beside = table("docs/log.md", "", "search", "selection, lists, order")
+    assert list(rows) == list(STEPS_H200) and set(beside) < set(rows)
+    for model, (rest, dense, *cells) in rows.items():
+        name, compiled = STEPS_H200[model]
+        auto = "auto" in name
+        found = schedules(f"step_{name}_h200", compiled, 0.1 if auto else 0.2)[: len(cells)]
+        are_times(cells, dense, found)
+        costs = (0.35, 0.26, 0.29, 0.18) if auto else (0.37, 0.29, 0.29, 0.21)
+        assert [s["effective_cost"] for s in found] == pytest.approx(costs, abs=0.01)
+        forwards = result(f"step_{name}_h200")["rows"]
+        (stock,) = (r for r in forwards if (r["kind"], r["compiled"]) == ("dense", compiled))
+        assert are([rest], stock["rest_s"] / stock["seconds"])
+        if model in beside:
+            share = shares_beside(found[0], stock, model.split(",")[0])
+            told = [cell for cell in beside[model] if cell]
+            assert are(told, *(100 * x for x in share if x is not None))
+    first = [
+        schedules(f"step_{STEPS_H200[f'HunyuanVideo 720p, {of}'][0]}_h200", False, density)
+        for of, density in (("auto", 0.1), ("adaspa-sampled", 0.2))
+    ]
+    told = (f"{s['speedup']:.2f} times" for found in first for s in found[:2])
+    assert all(gain in text("README.md") for gain in told)
+
+
+def shares_beside(schedule, stock, model):
+    """Of dense attention: search, selection, outside of attention, tail and residual, all."""
+    search, beside = schedule["search_share"], schedule["overhead_share"]
+    outside = schedule["overhead_share_by_difference"] - beside
+    if schedule["density"] == 0.2:
+        return search, beside, outside, None, search + beside + outside
+    (kernel,) = (
+        record["ms"] / 1000
+        for record in result("kernels_h200")["records"]
+        if (record["shape"], record["engine"]) == (SHAPES[model], "triton")
+        if (record["block"], record["density"], record["mask"]) == ([64, 64], 0.1, "random")
+    )
+    layers = {"wan-1.3b": 30, "hunyuanvideo-720p": 60}[SHAPES[model]]
+    steps = schedule["steps"]
+    sparse = steps["first reuse"] + steps["reuse"]
+    alone = (50 - sparse + sparse * layers * kernel / stock["attention_s"]) / 50
+    tail = schedule["effective_time"] - search - beside - alone
+    return search, beside, outside, tail, search + beside + outside + tail
 
 
 @pytest.mark.parametrize("box", [*BOXES, "wan_tiny_lora"])
@@ -207,3 +345,16 @@ def test_what_the_boxes_follow(box):
     rows = table("samples/TRAINING.md", "", "updates")
     told = next(cells for name, cells in rows.items() if name.split(",")[0] == box)
     assert told[2:5] == [f"{share:.0%}" for share in found]
+    assert "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * x for x in found)) in text("docs/limits.md")
+
+
+def test_what_larger_boxes_attend_to():
+    def points(shares):
+        return "{:.0f}, {:.0f} and {:.0f}".format(*(100 * share for share in shares))
+
+    found, page = [result(f"structure_{box}_256") for box in BOXES], text("docs/limits.md")
+    assert f"hold {points(of['kept_mass']['0.2'] for of in found)}% of the mass" in page
+    names = "window_misses", "early_misses_at_the_end", "pooled_misses"
+    window, early, pooled = (points(of[f"mean_{name}"] for of in found) for name in names)
+    assert f"window misses {window} points" in page and f"mask {early} by the end" in page
+    assert pooled == "1, 1 and 1"
