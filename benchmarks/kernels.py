@@ -51,6 +51,7 @@ from dit_sparse.attention import disagreement  # noqa: E402
 from dit_sparse.block_mask import BlockMask  # noqa: E402
 from dit_sparse.engines import ENGINES, Problem, why_not  # noqa: E402
 from dit_sparse.patterns.adaspa import AdaSpa  # noqa: E402
+from dit_sparse.patterns.auto import TAIL_TOKENS  # noqa: E402
 from dit_sparse.patterns.select import forced_blocks  # noqa: E402
 
 
@@ -429,6 +430,26 @@ def make_mask(kind: str, shape: Shape, blocks: int, density: float, size: int) -
     return mask
 
 
+def tail_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, size) -> None:
+    """What `auto` adds to a sparse call: pooling, the tail and a residual in fp8."""
+    from dit_sparse.patterns.correct import measure_residual
+    from dit_sparse.tail import add_tail
+
+    blocks, block = -(-shape.tokens // size[0]), {"block": list(size), "density": 0.1}
+    dense = make_mask("random", shape, blocks, 0.1, size[0])
+    mask = BlockMask.from_dense(dense, shape.tokens, shape.tokens, size)
+    lse = torch.zeros(1, shape.heads, shape.tokens, device="cuda")
+    residual = measure_residual(q, k, fp8=True, rho=lse + 0.5)
+    for tokens in TAIL_TOKENS:
+        if tokens <= size[1]:
+            call = partial(
+                add_tail, v, lse, q, k, v, mask, tail_tokens=tokens, engine="triton",
+                residual=residual,
+            )  # fmt: skip
+            pairs = 4 * shape.heads * shape.tokens**2 * shape.head_dim
+            bench.add(shape.name, f"tail of {tokens}", call, pairs / tokens, **block)
+
+
 def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Scoring, selection, pooling and reordering, each on its own."""
     from dit_sparse.dense import dense_attention_with_lse
@@ -459,6 +480,7 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
             **block,
         )
         bench.add(shape.name, "block_pool", lambda s=size: block_pool(q, s[0]), **block)
+        tail_rows(bench, shape, q, k, v, size)
         blocks = -(-shape.tokens // size[0])
         scores = torch.rand(1, shape.heads, blocks, blocks, device="cuda")
         grid = masks.VideoGrid(1, 1, shape.tokens - shape.text, shape.text, shape.text_first)

@@ -6,7 +6,7 @@
 Every method sweeps as many settings on tuning prompts, warm-up x density (or what its class lists
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
 budget its best setting is run on other prompts and scored. Published settings are run as they are (hollow points).
-Resumable: a method that is in the file with the same settings is left out. All prompts and seeds of
+Resumable: a method that is in the file with the same grid is left out. All prompts and seeds of
 a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N` before it the
 processes share the methods.
 
@@ -49,7 +49,8 @@ from dit_sparse.processes import Processes  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
-WARM_UPS, DENSITIES, SEARCHES = (0.0, 0.08, 0.16, 0.24), (0.05, 0.1, 0.2, 0.35), (1, 3, 5)
+WARM_UPS, DENSITIES = (0.0, 0.08, 0.12, 0.16, 0.24), (0.05, 0.1, 0.2, 0.35)
+SEARCHES = 1, 3, 5
 SPACINGS = (1.0, 1.5)  # evenly, and ever further apart
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
@@ -355,15 +356,15 @@ def given_settings(path, runner, method):
 
 
 def run_method(runner, method, budgets, grid):
-    """All records of a method on one pipeline."""
+    """All records of a method on one pipeline, each with the grid that it was chosen from."""
     given, cls, records = runner.args.settings_of, method_class(method), []
     found = given_settings(given, runner, method) if given else ()
     for of_budgets, config in found or tuned_settings(runner, method, budgets, grid):
-        records.append(runner.score(method, config, budgets=of_budgets))
+        records.append(runner.score(method, config, budgets=of_budgets, grid=grid))
         say(records[-1])
     published = {} if given else {json.dumps(o): o for o in cls.published.values()}
     for options in published.values():
-        records.append(runner.score(method, cls(**options), published=True))
+        records.append(runner.score(method, cls(**options), published=True, grid=grid))
         say(records[-1])
     return records
 
@@ -555,8 +556,7 @@ def main(arguments=None):
     axes = "warm_ups", "densities", "searches", "spacings", "epsilons"
     grid = {axis: getattr(args, axis) for axis in axes}
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
-    fixed = grid | {k: getattr(args, k) for k in numbers}
-    fixed |= other_prompts(args)
+    fixed = {k: getattr(args, k) for k in numbers} | other_prompts(args)
     if args.settings_of:
         fixed["settings_of"] = args.settings_of.name
     processes, _ = Processes.joined("cuda" if torch.cuda.is_available() else "cpu")
@@ -575,7 +575,7 @@ def main(arguments=None):
         own = {"settings": fixed, "records": [], "lines": {}}
         path = args.out.with_name(f"{args.out.stem}-process-{processes.number}.json")
     methods, failed = args.method or list(available_methods()), []
-    done = {key(record) for record in result["records"]}
+    done = {key(record) for record in result["records"] if record["grid"] == grid}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         place = runner.name, runner.size

@@ -8,6 +8,10 @@ nothing is merged afterwards.
 
 Launch grid: (q tiles, heads, batch). A program keeps one q tile, reads its row of mask bits and
 walks all pooled keys: 1 / tail_tokens of a dense call. Limits are those of `block_sparse_fwd`.
+
+Products are few, so instructions beside them decide: inside, logits count from that of a mean of
+`tail_tokens` tokens, so that log(tokens) is added for the last means alone, and the bits of a whole
+tile of means come in one or two words.
 """
 
 import torch
@@ -47,6 +51,53 @@ def from_fp8(bits):
     return tl.where(word < 128, magnitude, -magnitude)
 
 
+@triton.jit
+def kept_of_tile(
+    bits_row, start, COLUMNS: tl.constexpr, TAIL_TOKENS: tl.constexpr, BLOCK_KV: tl.constexpr
+):
+    # The lowest bit of each entry: is the block of mean start + i kept? `start` divides by COLUMNS.
+    BLOCKS: tl.constexpr = COLUMNS * TAIL_TOKENS // BLOCK_KV  # 4 to 64, a power of two
+    blocks = tl.arange(0, COLUMNS) // (BLOCK_KV // TAIL_TOKENS)
+    first = start // COLUMNS * BLOCKS
+    bytes_ptr = bits_row + first // 8
+    low = tl.load(bytes_ptr).to(tl.int32)
+    if BLOCKS < 8:
+        return (low >> (first % 8 + blocks)) & 1
+    for byte in tl.static_range(1, min(BLOCKS // 8, 4)):
+        low |= tl.load(bytes_ptr + byte).to(tl.int32) << (8 * byte)
+    if BLOCKS <= 32:
+        return (low >> blocks) & 1
+    high = tl.load(bytes_ptr + 4).to(tl.int32)
+    for byte in tl.static_range(1, 4):
+        high |= tl.load(bytes_ptr + 4 + byte).to(tl.int32) << (8 * byte)
+    return (tl.where(blocks < 32, low, high) >> (blocks % 32)) & 1
+
+
+@triton.jit
+def load_means(
+    k,
+    v,
+    k_strides,
+    v_strides,
+    batch,
+    head,
+    start,
+    num_means,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    # (COLUMNS, BLOCK_D) of pooled keys and values
+    k_tile = load_tile(
+        k, k_strides, batch, head, start, num_means, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True
+    )
+    v_tile = load_tile(
+        v, v_strides, batch, head, start, num_means, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True
+    )
+    return k_tile, v_tile
+
+
 @triton.jit(do_not_specialize=["q_len", "num_means", "max_kv_len"])
 def tail_fwd_kernel(
     q,
@@ -76,6 +127,7 @@ def tail_fwd_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     TAIL_TOKENS: tl.constexpr,
+    LOG2_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -105,7 +157,7 @@ def tail_fwd_kernel(
         acc = tl.load(sparse_tile, mask=stored, other=0.0).to(tl.float32)
         lse = tl.load(sparse_lse_ptr + lse_row + rows, mask=rows < q_len, other=float("-inf"))
         nothing = lse == float("-inf")
-        running_max = tl.where(nothing, LOWEST, lse / LN_2)
+        running_max = tl.where(nothing, LOWEST, lse / LN_2 - LOG2_TOKENS)
         running_sum = tl.where(nothing, 0.0, 1.0)
 
     bits_row = (
@@ -114,48 +166,38 @@ def tail_fwd_kernel(
         + head.to(tl.int64) * bits_strides[1]
         + (q_start // BLOCK_Q).to(tl.int64) * bits_strides[2]
     )
-    for start in tl.range(0, num_means, COLUMNS):
+    complete = kv_len // TAIL_TOKENS // COLUMNS * COLUMNS  # means before it have all their tokens
+    for start in tl.range(0, complete, COLUMNS):
+        kept = kept_of_tile(bits_row, start, COLUMNS, TAIL_TOKENS, BLOCK_KV)
+        k_tile, v_tile = load_means(
+            k, v, k_strides, v_strides, batch, head, start, num_means,
+            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS,
+        )  # fmt: skip
+        scores = dot(q_tile, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS)
+        scores = tl.where((kept == 0)[None, :], scores, float("-inf"))
+        probs, rescale, running_max, running_sum = online_softmax(
+            scores, scale_log2, running_max, running_sum
+        )
+        # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
+        acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
+
+    for start in tl.range(complete, num_means, COLUMNS):
         means = start + tl.arange(0, COLUMNS)
         blocks = means // (BLOCK_KV // TAIL_TOKENS)
         byte = tl.load(bits_row + blocks // 8, mask=means < num_means, other=255)
         kept = (byte.to(tl.int32) >> (blocks % 8)) & 1
         tokens = tl.minimum(kv_len - means * TAIL_TOKENS, TAIL_TOKENS)
-        dropped = (kept == 0) & (tokens > 0)
         # The softmax scales scores, so the count of tokens is divided by the scale.
-        count = tl.log2(tl.maximum(tokens, 1).to(tl.float32)) / scale_log2  # (COLUMNS,)
-
-        k_tile = load_tile(
-            k,
-            k_strides,
-            batch,
-            head,
-            start,
-            num_means,
-            HEAD_DIM,
-            BLOCK_D,
-            COLUMNS,
-            DESCRIPTORS,
-            True,
-        )
-        scores = dot(q_tile, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS)
-        scores = tl.where(dropped[None, :], scores + count[None, :], float("-inf"))
+        count = tl.log2(tl.maximum(tokens, 1).to(tl.float32) / TAIL_TOKENS) / scale_log2
+        k_tile, v_tile = load_means(
+            k, v, k_strides, v_strides, batch, head, start, num_means,
+            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS,
+        )  # fmt: skip
+        scores = dot(q_tile, k_tile.trans()) + count[None, :]
+        scores = tl.where(((kept == 0) & (tokens > 0))[None, :], scores, float("-inf"))
         probs, rescale, running_max, running_sum = online_softmax(
             scores, scale_log2, running_max, running_sum
         )
-        v_tile = load_tile(
-            v,
-            v_strides,
-            batch,
-            head,
-            start,
-            num_means,
-            HEAD_DIM,
-            BLOCK_D,
-            COLUMNS,
-            DESCRIPTORS,
-            True,
-        )
-        # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
         acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
 
     # A row without keys has sum 0: output 0, LSE -inf.
@@ -171,7 +213,8 @@ def tail_fwd_kernel(
             part = from_fp8(part)
             part *= tl.load(residual_scale_ptr + row, mask=rows < q_len, other=0.0)[:, None]
         out += part.to(tl.float32)
-    lse = tl.where(empty, float("-inf"), (running_max + tl.log2(total)) * LN_2)  # (ROWS,)
+    lse = (running_max + tl.log2(total) + LOG2_TOKENS) * LN_2  # (ROWS,)
+    lse = tl.where(empty, float("-inf"), lse)
     out_base = out_ptr + batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[2]
     tl.store(
         out_base + rows.to(tl.int64)[:, None] * out_strides[1] + dims[None, :],
@@ -290,6 +333,7 @@ def tail_fwd(
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,
             TAIL_TOKENS=tail_tokens,
+            LOG2_TOKENS=tail_tokens.bit_length() - 1,
             ROWS=rows,
             COLUMNS=columns,
             DESCRIPTORS=descriptors,

@@ -161,8 +161,8 @@ TAIL = {  # columns are means of kv blocks
     ("hopper", "descriptor"): {
         16: [Tile(128, 64, 4, 2)],
         32: [Tile(128, 64, 4, 2)],
-        64: [Tile(128, 64, 4, 2)],
-        128: [Tile(128, 64, 8, 2)],
+        64: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
+        128: [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
         256: [Tile(64, 64, 4, 2)],
     },
     ("other", "pointer"): {

@@ -46,6 +46,7 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     if find_spec("matplotlib"):
         pareto.main([*arguments(out), "--only-figure", "--figure", str(tmp_path / "figure.png")])
         assert (tmp_path / "figure.png").is_file()
+    assert all(r["grid"]["densities"] == [0.5] for r in second["records"])
     joined = tmp_path / "joined.json"
     pareto.main([*arguments(joined), "--only-figure", "--also", str(out), "--also", str(out)])
     joined = json.loads(joined.read_text())

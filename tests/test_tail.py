@@ -407,11 +407,11 @@ def test_the_mass_that_a_tail_stands_for_is_not_told_as_the_mask_s():
         assert (on.report().kept_mass is None) != measure
 
 
-def test_both_keep_text_and_own_blocks():
+def test_both_keep_text_keys_and_own_blocks():
     grid = VideoGrid(5, 8, 16, text_tokens=30, text_first=True)
     for method in (Auto, SolAttn):
         mask = method(density=0.1, block_size=32).find(make_search(grid)).mask
-        assert mask[..., 0].all() and mask[..., 0, :].all()
+        assert mask[..., 0].all() and mask[..., 0, :].all() == method.text_queries
         assert mask.diagonal(dim1=-2, dim2=-1).all()
 
 
