@@ -68,6 +68,6 @@ def test_searches_too_near_to_another_are_left_out():
     for step in range(8):
         kinds.append(step_kind(step, 8, Auto().search_at, found, apart=Auto.apart))
         found = step if kinds[-1] == "search" else found
-    assert "".join(kind[0] for kind in kinds) == "ddsrsrsr"
-    cost = (1 + 2 * 1.125 + 3 * (0.1 + 1 / 32)) / 4
+    assert "".join(kind[0] for kind in kinds) == "dsrsrrsr"  # 1, 2, 3, 6
+    cost = (2 * 1.125 + 4 * (0.1 + 1 / 32)) / 4  # searches at 0 and 2
     assert Auto(density=0.1).planned_cost(4, 0.1, 1) == pytest.approx(cost)
