@@ -342,10 +342,11 @@ def test_auto_keeps_as_many_blocks_as_hold_the_mass_that_is_asked_for():
 
 def test_targets_stand_for_options_which_others_replace():
     config, name = make_config("auto", {"target": "speed"})
-    assert name == "auto" and (config.density, config.search_at) == (0.05, (0.12, 0.41, 0.71))
+    assert name == "auto" and config.search_at == (0.0, 0.12, 0.35, 0.65)
+    assert config.share_guidance == "all"
     assert make_config("auto", {"target": "balanced"})[0] == Auto() == make_config(Auto(), {})[0]
     config, _ = make_config(Auto(residual=None), {"target": "fidelity", "density": 0.5})
-    assert config == Auto(residual=None, density=0.5, search_at=(0.24, 0.49, 0.75))
+    assert config == Auto(residual=None, density=0.5, search_at=(0.24, 0.31, 0.43, 0.59, 0.78))
     with pytest.raises(ValueError, match="target must be one of fidelity, balanced, speed"):
         make_config("auto", {"target": "quality"})
     with pytest.raises(TypeError, match="adaspa has no option 'target'"):
@@ -488,7 +489,7 @@ def test_cost_and_bytes_with_and_without_a_residual():
         report, state = handle.report(), handle._installed[0].state
         density = float(torch.stack([r.density for r in state.trace if r.kind == "reuse"]).mean())
         reuse = density + tail
-        refresh = 2 * ((1.125 if residual else 0.125) + reuse)
+        refresh = 2 * ((1 if residual else 0) + 0.125 / 2 + reuse)  # one branch looks for both
         assert report.effective_cost == pytest.approx((2 + refresh + 2 * reuse) / 6, abs=0.01)
         assert report.peak_cache_bytes == report.planned_cache_bytes == 2 * 2 * kept
 
