@@ -24,19 +24,15 @@ SCHEMA = 2
 # What `auto` did before it had these options: older presets were calibrated with it.
 BEFORE_SCHEMA_2: dict[str, Any] = {"tail_tokens": 64, "damping": 0.0, "share_guidance": None}
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR
-# Of `auto`, from cheap to dear; of each cost the best on the small pipelines, with means of 64
-# tokens and without damping.
-LADDER: tuple[dict[str, Any], ...] = tuple(
-    {"density": density, "search_at": search_at}
-    for density, search_at in (
-        (0.05, (0.0, 0.33, 0.67)),
-        (0.05, (0.12, 0.41, 0.71)),
-        (0.1, (0.12, 0.41, 0.71)),
-        (0.1, (0.24, 0.49, 0.75)),
-        (0.2, (0.24, 0.49, 0.75)),
-        (0.35, (0.24, 0.49, 0.75)),
-        (0.35, (0.36, 0.57, 0.79)),
-    )
+# Of `auto`, from cheap to dear, as the small pipelines had it best on tuning prompts.
+LADDER: tuple[dict[str, Any], ...] = (
+    {"density": 0.05, "search_at": (0.0, 0.2, 0.54), "share_guidance": "all"},
+    {"density": 0.1, "search_at": (0.0, 0.12, 0.35, 0.65), "share_guidance": "all"},
+    {"density": 0.1, "search_at": (0.08, 0.26, 0.58)},
+    {"density": 0.1, "search_at": (0.12, 0.23, 0.43, 0.69)},
+    {"density": 0.1, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
+    {"density": 0.2, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
+    {"density": 0.35, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
 )
 
 
