@@ -28,6 +28,7 @@ from pareto import (  # noqa: E402
     parser_of_runs,
     save,
     say,
+    schedules,
 )
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
@@ -70,10 +71,10 @@ class MasksOfAdaSpa(ExactMasks):
         return AdaSpa(**options).find(search)
 
 
-def evenly(config, searches, power=1.0):
+def spaced(config, searches, power=1.5):
     """Times of searches from the first on; above a power of 1 the later are further apart."""
-    first = config.search_at[0]
-    return tuple(first + (1 - first) * (i / searches) ** power for i in range(searches))
+    (at,) = schedules(config.search_at[0], [searches], [power])
+    return at
 
 
 def variants(config):
@@ -87,14 +88,14 @@ def variants(config):
     yield "without both", WithoutTail(**options | {"residual": None})
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
-    yield "early searches", replace(config, search_at=evenly(config, 3, power=1.5))
+    yield "even searches", replace(config, search_at=spaced(config, len(config.search_at), 1.0))
     for shares in SHARES:
         if shares != config.share_guidance:
             yield f"guidance shares {shares}", replace(config, share_guidance=shares)
     for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
-    for searches in (1, 2, 4, 6):
-        yield f"{searches} searches", replace(config, search_at=evenly(config, searches))
+    for searches in (1, 2, 3, 6):
+        yield f"{searches} searches", replace(config, search_at=spaced(config, searches))
 
 
 def at_cost(runner, config, goal):

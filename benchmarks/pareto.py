@@ -5,10 +5,10 @@
 
 Every method sweeps as many settings on tuning prompts, warm-up x density (or what its class lists
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
-budget its best setting is run on other prompts and scored. Published settings are run as they are (hollow points).
-Resumable: a method that is in the file with the same grid is left out. All prompts and seeds of
-a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N` before it the
-processes share the methods.
+budget its best setting is run on other prompts and scored. Published settings are run as they are
+(hollow points). Resumable: a method that is in the file with the same grid is left out. All prompts
+and seeds of a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N`
+before it the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order

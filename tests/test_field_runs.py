@@ -55,8 +55,9 @@ def test_methods_run_on_all_families(method, family):
 @pytest.mark.parametrize("method", FIELD)
 def test_pareto_sweeps_as_many_settings_of_each(method):
     grid = {"densities": (0.1, 0.2, 0.3, 0.4), "warm_ups": (0.0, 0.2), "searches": (1, 3)}
+    grid["spacings"] = 1.0, 1.5  # which a single search has not
     configs = list(pareto.settings(None, method, FIELD[method], grid))
-    each = 2 * (3 if FIELD[method].every_step else 2)
+    each = 2 * (4 if FIELD[method].every_step else 3)
     assert len(configs) == len(set(configs)) == 4 * each
 
 

@@ -96,7 +96,7 @@ def test_damping_and_finer_means():
 
 
 def test_what_guidance_shares():
-    """At equal schedules, density 0.1 and means of 32; a residual that follows has own refreshes."""
+    """At equal schedules; a residual that follows changes is refreshed every second time."""
     records = [r for r in result("schedules_h200")["records"] if r["trial"] == 2]
     settings = 0.1, 32, 0.25, "fp8"
     names = "density", "tail_tokens", "damping", "residual"

@@ -11,7 +11,7 @@ less of what changes in O through where O stands for less of the row.
   used, and R is kept in fp8 with a scale per row, a quarter of float32's bytes and half of bf16's;
   g is a float32 a row.
 - A search of a layer without one runs sparse at once.
-- Text keys are in every row; rows of text choose as the others do, since a tail tells them the rest.
+- Text keys are in every row; rows of text choose as the others do: a tail tells them the rest.
 - A block left out is told by a mean of each `tail_tokens` of its tokens, by default two of them.
 - Residuals are as large as the outputs. As many of the leading layers keep one as `max_cache_bytes`
   allows, the same on all branches, judged from sizes alone: equal runs are equal on every machine.
