@@ -4,7 +4,8 @@
     python benchmarks/run_all.py --out results --only step --list
 
 With two GPUs, what runs on both comes first; then what is timed alone runs on the first, and what
-generates videos on the second, several at a time. With one GPU all follow each other. A task whose
+generates videos on the second, several at a time; half of the methods wait for the first. With one
+GPU all follow each other. A task whose
 result is there is left out; one that was cut short goes on where its script can. Logs lie in
 --out/logs; at the end of --seconds, or interrupted, it stops whatever still runs.
 """
@@ -24,9 +25,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from environment import folders_of_fa4  # noqa: E402
+
+from dit_sparse import available_methods  # noqa: E402
 
 PIPELINES = {"wan_tiny": 1, "hunyuan_video_tiny": 4, "cogvideox_tiny": 1}  # frames a latent frame
 SEEDS = "auto", "rettention", "adaspa", "draftattention"  # sparse-vdit searches for minutes
@@ -88,7 +91,7 @@ def timed(gpu: str, fa4: str) -> list[Task]:
 
 def sweeps(pipeline: str) -> list[Task]:
     """Of one pipeline, beside those of the others on the same GPU."""
-    pareto = f"benchmarks/pareto.py --pipeline samples/{pipeline} --lock {{out}}/gpu.lock"
+    pareto = f"benchmarks/pareto.py --pipeline samples/{pipeline} --lock {{out}}/gpu-1.lock"
     out, seeds = f"pareto_{pipeline}.json", " ".join(f"--method {name}" for name in SEEDS)
     tasks = [Task(f"pareto {pipeline}", f"{pareto} --out {{out}}/{out} {seeds}")]
     for (side, latents), options in LARGER.items():
@@ -100,7 +103,15 @@ def sweeps(pipeline: str) -> list[Task]:
     ablation = f"ablation_auto_{pipeline}.json"
     command = f"benchmarks/ablation_auto.py --pipeline samples/{pipeline} --target balanced"
     tasks.append(Task(f"ablation {pipeline}", f"{command} --out {{out}}/{ablation}"))
-    return [*tasks, Task(f"field {pipeline}", f"{pareto} --out {{out}}/{out}")]
+    return [*tasks, field(pipeline, 1)]
+
+
+def field(pipeline: str, part: int) -> Task:
+    """One half of the other methods, for the GPU of that number."""
+    methods = [name for name in available_methods() if name not in SEEDS][part::2]
+    command = f"benchmarks/pareto.py --pipeline samples/{pipeline} --lock {{out}}/gpu-{part}.lock"
+    command += f" --out {{out}}/field_{pipeline}_{part}.json"
+    return Task(f"field {pipeline} {part}", command + "".join(f" --method {m}" for m in methods))
 
 
 def checks(gpu: str) -> list[Task]:
@@ -197,8 +208,10 @@ def stages(gpus: int, gpu: str, fa4: str) -> list[list[tuple[str, list[Task]]]]:
     generate = [sweeps(name) for name in PIPELINES]
     if gpus == 1:
         tests = [("0", checks(gpu))]
-        return [[("0", timed(gpu, fa4))], [("0", tasks) for tasks in generate], tests]
-    first = [("0", [*timed(gpu, fa4), *checks(gpu)])]
+        halves = [("0", [field(name, 0)]) for name in PIPELINES]
+        return [[("0", timed(gpu, fa4))], [("0", tasks) for tasks in generate], halves, tests]
+    halves = [field(name, 0) for name in PIPELINES]
+    first = [("0", [*timed(gpu, fa4), *checks(gpu), *halves])]
     return [[("0,1", both_gpus(gpu))], [*first, *(("1", tasks) for tasks in generate)]]
 
 
