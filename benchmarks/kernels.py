@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -430,11 +431,21 @@ def make_mask(kind: str, shape: Shape, blocks: int, density: float, size: int) -
     return mask
 
 
-def tail_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, size) -> None:
+def with_tiles(bench: Bench, shape: Shape, engine: str, kernel, tiles, call, flops, **block):
+    """`call` with the table's tile, then with each of `tiles` in the module `kernel`."""
+    bench.add(shape.name, engine, call, flops, **block)
+    for tile in tiles:
+        with patch.object(kernel, "tile_for", lambda *_, tile=tile: tile):
+            bench.add(shape.name, f"{engine} {tuple(tile[:4])}", call, flops, **block)
+
+
+def tail_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, size, tiles) -> None:
     """What `auto` adds to a sparse call: pooling, the tail and a residual in fp8."""
+    from dit_sparse.kernels import tail_fwd
     from dit_sparse.patterns.correct import measure_residual
     from dit_sparse.tail import add_tail
 
+    tiles = dict.fromkeys(tile.within((size[0], 128)) for tile in tiles)
     blocks, block = -(-shape.tokens // size[0]), {"block": list(size), "density": 0.1}
     dense = make_mask("random", shape, blocks, 0.1, size[0])
     mask = BlockMask.from_dense(dense, shape.tokens, shape.tokens, size)
@@ -447,15 +458,16 @@ def tail_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, size)
                 residual=residual,
             )  # fmt: skip
             pairs = 4 * shape.heads * shape.tokens**2 * shape.head_dim
-            bench.add(shape.name, f"tail of {tokens}", call, pairs / tokens, **block)
+            name, flops = f"tail of {tokens}", pairs / tokens
+            with_tiles(bench, shape, name, tail_fwd, tiles, call, flops, **block)
 
 
-def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> None:
+def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, sweep: bool) -> None:
     """Scoring, selection, pooling and reordering, each on its own."""
     from dit_sparse.dense import dense_attention_with_lse
-    from dit_sparse.kernels.block_mass import block_mass
+    from dit_sparse.kernels import block_mass, sampled_mass
     from dit_sparse.kernels.block_pool import block_pool
-    from dit_sparse.kernels.sampled_mass import sampled_mass
+    from dit_sparse.kernels.tiles import SEARCH_CANDIDATES
 
     _, lse = dense_attention_with_lse(q, k, v)
     flops = 2 * shape.heads * shape.tokens**2 * shape.head_dim
@@ -463,24 +475,19 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
     hidden = q.flatten(2)
     bench.add(shape.name, "reorder", lambda: hidden[:, order])
     for size in SIZES:
-        block = {"block": list(size)}
-        bench.add(
-            shape.name,
-            "block_mass",
-            lambda s=size: block_mass(q, k, lse, block_size=s),
-            flops,
-            **block,
-        )
+        block, tiles = {"block": list(size)}, SEARCH_CANDIDATES if sweep else []
+        exact = partial(block_mass.block_mass, q, k, lse, block_size=size)
+        within = dict.fromkeys(tile.within(size) for tile in tiles)
+        with_tiles(bench, shape, "block_mass", block_mass, within, exact, flops, **block)
         rows = q[:, 4::8]
-        bench.add(
-            shape.name,
-            "sampled_mass",
-            lambda s=size, r=rows: sampled_mass(r.contiguous(), k, s[0] // 8, s[1]),
-            flops / 4,
-            **block,
-        )
+
+        def sampled(rows=rows, size=size):
+            return sampled_mass.sampled_mass(rows.contiguous(), k, size[0] // 8, size[1])
+
+        within = dict.fromkeys(tile.within((128, size[1])) for tile in tiles)
+        with_tiles(bench, shape, "sampled_mass", sampled_mass, within, sampled, flops / 4, **block)
         bench.add(shape.name, "block_pool", lambda s=size: block_pool(q, s[0]), **block)
-        tail_rows(bench, shape, q, k, v, size)
+        tail_rows(bench, shape, q, k, v, size, tiles)
         blocks = -(-shape.tokens // size[0])
         scores = torch.rand(1, shape.heads, blocks, blocks, device="cuda")
         grid = masks.VideoGrid(1, 1, shape.tokens - shape.text, shape.text, shape.text_first)
@@ -641,7 +648,7 @@ def time_all(bench: Bench, options) -> None:
             sparse_rows(bench, shape, q, k, v, options)
             if search and not bench.late():
                 with row("search"):
-                    search_rows(bench, shape, q, k, v)
+                    search_rows(bench, shape, q, k, v, options.sweep)
             del q, k, v
 
 

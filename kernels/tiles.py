@@ -121,6 +121,17 @@ CANDIDATES = {
         Tile(64, 32, 4, 4),
     ],
 }
+# The same of what searches run, and of the tail: `python benchmarks/kernels.py --sweep`.
+SEARCH_CANDIDATES = [
+    Tile(128, 128, 8, 2),
+    Tile(128, 128, 8, 3),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 4, 2),
+    Tile(128, 64, 4, 3),
+    Tile(64, 64, 4, 1),
+    Tile(64, 64, 4, 3),
+    Tile(64, 32, 4, 3),
+]
 MASS = {
     ("hopper", "descriptor"): {
         16: [Tile(128, 128, 8, 3)],

@@ -152,3 +152,20 @@ def test_help_names_the_options():
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = "out seconds shape mask density sweep skip-cases skip-search gluon-cases fa4 retry"
     assert all(f"--{name} " in text for name in wanted.split())
+
+
+def test_tiles_of_a_search_are_swept_on_the_interpreter(tmp_path, monkeypatch):
+    from dit_sparse.kernels import block_mass
+    from dit_sparse.kernels.tiles import Tile
+
+    ran = []
+    monkeypatch.setattr(kernels, "measure", lambda call: {"ms": 1.0, "sum": float(call().sum())})
+    monkeypatch.setattr(block_mass, "launch", lambda key, tile, run: (ran.append(tile), run(tile)))
+    q, lse = torch.randn(1, 130, 1, 64, dtype=torch.float16), torch.zeros(1, 1, 130)
+    one, shape = bench(tmp_path), kernels.Shape("tiny", 1, 130, 64)
+    call = kernels.partial(block_mass.block_mass, q, q, lse, block_size=(64, 64))
+    tile = Tile(64, 32, 4, 3)
+    kernels.with_tiles(one, shape, "block_mass", block_mass, [tile], call, 1.0, block=[64, 64])
+    default, swept = one.records
+    assert swept["engine"] == "block_mass (64, 32, 4, 3)" and ran[1] == tile != ran[0]
+    assert swept["sum"] == pytest.approx(default["sum"], rel=1e-5)
