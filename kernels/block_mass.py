@@ -6,7 +6,8 @@ With the LSE of these very queries and keys a row of `mass` sums to the number o
 its q block. With the LSE of an earlier step it does not, and nothing is clamped.
 
 Launch grid: (q tiles, heads, batch). A program keeps one q tile and walks all keys, so this costs
-a dense score pass without the values. A logical block larger than a tile is summed afterwards.
+a dense score pass without the values. A tile holds several blocks where they are smaller: sums
+over warps are dear. A block larger than a tile is summed afterwards.
 """
 
 import torch
@@ -42,10 +43,14 @@ def tile_mass(
     lse_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    # Sums over groups of rows and spans of columns: (ROWS // GROUP, COLUMNS // SPAN)
     k_tile = load_tile(
         k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
     )
@@ -54,10 +59,11 @@ def tile_mass(
     if MASKED:
         kv_valid = start + tl.arange(0, COLUMNS) < kv_len
         probs = tl.where(kv_valid[None, :], probs, 0.0)
-    return tl.sum(probs)
+    of_rows = tl.sum(probs.reshape(ROWS, COLUMNS // SPAN, SPAN), 2)
+    return tl.sum(of_rows.reshape(ROWS // GROUP, GROUP, COLUMNS // SPAN), 1)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_groups", "num_spans"])
 def block_mass_kernel(
     q,
     k,
@@ -69,12 +75,16 @@ def block_mass_kernel(
     mass_strides,
     q_len,
     kv_len,
+    num_groups,
+    num_spans,
     scale_log2,
     log2_e,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     q_tile_index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -89,49 +99,30 @@ def block_mass_kernel(
     # A row that attended to nothing, or does not exist, has no mass: exp2(x - inf) = 0.
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse) * log2_e  # (ROWS,)
 
-    mass_row = (
+    groups = q_tile_index * (ROWS // GROUP) + tl.arange(0, ROWS // GROUP)
+    spans = tl.arange(0, COLUMNS // SPAN)
+    tile_ptr = (
         mass_ptr
         + batch.to(tl.int64) * mass_strides[0]
         + head.to(tl.int64) * mass_strides[1]
-        + q_tile_index.to(tl.int64) * mass_strides[2]
+        + groups.to(tl.int64)[:, None] * mass_strides[2]
+        + spans[None, :]
     )
     full_tiles = kv_len // COLUMNS
     for tile in tl.range(0, full_tiles):
         total = tile_mass(
-            q_tile,
-            k,
-            k_strides,
-            batch,
-            head,
-            tile * COLUMNS,
-            kv_len,
-            scale_log2,
-            lse_log2,
-            HEAD_DIM,
-            BLOCK_D,
-            COLUMNS,
-            DESCRIPTORS,
-            MASKED=False,
-        )
-        tl.store(mass_row + tile, total)
+            q_tile, k, k_strides, batch, head, tile * COLUMNS, kv_len, scale_log2, lse_log2,
+            HEAD_DIM, BLOCK_D, ROWS, COLUMNS, GROUP, SPAN, DESCRIPTORS, False,
+        )  # fmt: skip
+        tl.store(tile_ptr + tile * (COLUMNS // SPAN), total, mask=groups[:, None] < num_groups)
     if kv_len % COLUMNS > 0:
         total = tile_mass(
-            q_tile,
-            k,
-            k_strides,
-            batch,
-            head,
-            full_tiles * COLUMNS,
-            kv_len,
-            scale_log2,
-            lse_log2,
-            HEAD_DIM,
-            BLOCK_D,
-            COLUMNS,
-            DESCRIPTORS,
-            MASKED=True,
-        )
-        tl.store(mass_row + full_tiles, total)
+            q_tile, k, k_strides, batch, head, full_tiles * COLUMNS, kv_len, scale_log2, lse_log2,
+            HEAD_DIM, BLOCK_D, ROWS, COLUMNS, GROUP, SPAN, DESCRIPTORS, True,
+        )  # fmt: skip
+        spans += full_tiles * (COLUMNS // SPAN)
+        stored = (groups < num_groups)[:, None] & (spans < num_spans)[None, :]
+        tl.store(tile_ptr + full_tiles * (COLUMNS // SPAN), total, mask=stored)
 
 
 def block_mass(
@@ -174,10 +165,12 @@ def block_mass(
     def run(tile: Tile) -> None:
         nonlocal mass
         rows, columns = tile.rows, tile.columns
+        group, span = min(block_q, rows), min(block_kv, columns)  # parts are summed afterwards
         q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
-        shape = q_blocks * (block_q // rows), kv_blocks * (block_kv // columns)
+        shape = q_blocks * (block_q // group), kv_blocks * (block_kv // span)
         # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
-        allocate = torch.empty if shape == (q_tiles, kv_tiles) else torch.zeros
+        whole = q_tiles * (rows // group) >= shape[0] and kv_tiles * (columns // span) >= shape[1]
+        allocate = torch.empty if whole else torch.zeros
         mass = allocate((batch, heads, *shape), dtype=torch.float32, device=query.device)
         block_mass_kernel[(q_tiles, heads, batch)](
             q=describe(query, rows) if descriptors else query,
@@ -190,12 +183,16 @@ def block_mass(
             mass_strides=mass.stride(),
             q_len=q_len,
             kv_len=kv_len,
+            num_groups=shape[0],
+            num_spans=shape[1],
             scale_log2=scale * LOG2_E,
             log2_e=LOG2_E,
             HEAD_DIM=head_dim,
             BLOCK_D=dim,
             ROWS=rows,
             COLUMNS=columns,
+            GROUP=group,
+            SPAN=span,
             DESCRIPTORS=descriptors,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -203,7 +200,7 @@ def block_mass(
 
     key_of = ("block_mass", query.device, query.dtype, dim, block_size)
     with torch.cuda.device_of(query):
-        launch(key_of, tile_for(MASS, query.device, path, dim, block_size), run)
+        launch(key_of, tile_for(MASS, query.device, path, dim, (128, 128)), run)
     if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
     return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))
