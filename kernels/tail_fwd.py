@@ -55,7 +55,7 @@ def from_fp8(bits):
 def kept_of_tile(
     bits_row, start, COLUMNS: tl.constexpr, TAIL_TOKENS: tl.constexpr, BLOCK_KV: tl.constexpr
 ):
-    # The lowest bit of each entry: is the block of mean start + i kept? `start` divides by COLUMNS.
+    # The lowest bit of each entry: is the block of mean start + i kept? COLUMNS divides `start`.
     BLOCKS: tl.constexpr = COLUMNS * TAIL_TOKENS // BLOCK_KV  # 4 to 64, a power of two
     blocks = tl.arange(0, COLUMNS) // (BLOCK_KV // TAIL_TOKENS)
     first = start // COLUMNS * BLOCKS
