@@ -287,8 +287,10 @@ class Installation:
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
         place = latents.device, latents.dtype
-        guided = self._guided(branch, len(latents)) and prepared.lengths is None
-        call = Call(prepared.grid, step, num_steps, branch, *place, prepared.lengths, guided)
+        batch = len(latents)
+        guided = self._guided(branch, step, batch) and prepared.lengths is None
+        of_batch = prepared.lengths, guided, batch
+        call = Call(prepared.grid, step, num_steps, branch, *place, *of_batch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
         if len(self.state.last) > 1:
@@ -302,11 +304,11 @@ class Installation:
         changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
 
-    def _guided(self, branch: str, batch: int) -> bool:
-        """Whether a batch holds both guidance branches; judged at the first step, since CogVideoX
-        may change its scale later."""
+    def _guided(self, branch: str, step: int, batch: int) -> bool:
+        """Whether a batch holds both guidance branches; judged at the first step of a run that has
+        such a batch, since CogVideoX may change its scale later."""
         before = self.state.last.get(branch)
-        if before is not None:
+        if before is not None and before.step < step and before.batch == batch:
             return before.guided
         pipe = self.handle.enabled_on()
         scale = getattr(pipe, "guidance_scale", None)

@@ -73,7 +73,7 @@ def make_report(
 ) -> Report:
     """Sum up the logs of a pipeline's transformers; `layers` counts the sparse layers of each."""
     records = [record for state in states for record in state.trace]
-    dense_equivalent = sum(s.calls * s.parts * count for s, count in zip(states, layers))
+    dense_equivalent = sum(s.parts_in_all * count for s, count in zip(states, layers))
     trace = [_entry(record) for record in records]
     cost = sum(_mean(entry["density"], 1.0) for entry in trace)
     cost += sum(float(record.extra_cost) for record in records)

@@ -24,6 +24,7 @@ class Call:
         branch: CFG branch, diffusers' context name (cond, uncond, cond_uncond).
         lengths: valid tokens of each sample where they differ; the rest is padded text at the end.
         guided: whether the batch holds both guidance branches, the negative prompts first.
+        batch: samples.
     """
 
     grid: VideoGrid
@@ -34,6 +35,7 @@ class Call:
     dtype: torch.dtype
     lengths: tuple[int, ...] | None = None
     guided: bool = False
+    batch: int = 1
 
     @cached_property
     def kv_len(self) -> Tensor | None:
@@ -93,6 +95,7 @@ class State:
     trace: list[Record] = field(default_factory=list)
     layers: int = 1
     calls: int = 0
+    parts_in_all: int = 0  # of these calls
     peak_bytes: int = 0
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
@@ -123,13 +126,14 @@ class State:
             self.forget()
         self.call = call
         self.calls += 1
+        self.parts_in_all += self.parts
         self.last[call.branch] = call
         return begins
 
     def forget(self) -> None:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
-        self.planned_bytes, self.dense_because = 0, None
+        self.planned_bytes, self.parts_in_all, self.dense_because = 0, 0, None
         self.masks = None if self.masks is None else {}
 
     def drop(self) -> None:

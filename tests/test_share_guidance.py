@@ -5,6 +5,7 @@ import torch
 from composed import arguments, make
 from test_wan import generate
 from tiny import tiny_wan
+from tiny_ltx_video import ltx_call, ltx_pipeline
 
 from dit_sparse import Auto, enable_sparse_attention
 from dit_sparse.block_mask import BlockMask
@@ -149,3 +150,47 @@ def test_without_guidance_a_batch_stays_whole():
 def test_a_scale_that_changes_on_the_way_changes_nothing():
     _, report = joint("all", use_dynamic_cfg=True)
     assert {entry["branch"] for entry in report.trace} == {"cond", "uncond"}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("share", ["mask", "all"])
+def test_guidance_that_is_turned_off_on_the_way_leaves_the_prompts_alone(share, prompts):
+    def turn_off(pipe, step, timestep, given):
+        if step == 2:
+            pipe._guidance_scale = 0.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[1]
+        return given
+
+    pipe, given = ltx_pipeline("LTXPipeline"), ltx_call(prompts, True)
+    for prefix in ("", "negative_"):
+        given[f"{prefix}prompt_attention_mask"].fill_(1)
+    handle = enable_sparse_attention(pipe, "auto", **OPTIONS, share_guidance=share)
+    given |= {"num_inference_steps": 6, "output_type": "latent"}
+    watched = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    assert pipe(**given, callback_on_step_end=turn_off, **watched).frames.isfinite().all()
+    report = handle.report()
+    calls = {(entry["branch"], entry["step"] > 2) for entry in report.trace}
+    before = {"cond", "uncond"} if share == "all" else {"cond_uncond"}
+    assert calls == {*((branch, False) for branch in before), ("cond_uncond", True)}
+    parts = 3 * len(before) + 3
+    assert handle._installed[0].state.parts_in_all == parts == len(report.trace) / 2  # layers
+
+
+def test_a_run_that_failed_says_nothing_of_the_guidance_of_the_next():
+    def fail(pipe, step, timestep, given):
+        raise InterruptedError
+
+    def two_prompts(pipe):
+        given = ltx_call(2, False) | {"num_inference_steps": 6, "output_type": "latent"}
+        return pipe(**given, generator=torch.Generator().manual_seed(0)).frames
+
+    frames = []
+    for share in (None, "all"):
+        pipe = ltx_pipeline("LTXPipeline")
+        handle = enable_sparse_attention(pipe, "auto", **OPTIONS, share_guidance=share)
+        with pytest.raises(InterruptedError):
+            pipe(**ltx_call(1, True), num_inference_steps=6, callback_on_step_end=fail)
+        torch.manual_seed(1)
+        frames.append(two_prompts(pipe))
+        assert {entry["branch"] for entry in handle.report().trace} == {"cond_uncond"}
+    assert frames[0].equal(frames[1])
