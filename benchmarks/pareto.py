@@ -6,9 +6,9 @@
 Every method sweeps as many settings on tuning prompts, warm-up x density (or what its class lists
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
 budget its best setting is run on other prompts and scored. Published settings are run as they are
-(hollow points). Resumable: a method that is in the file with the same grid is left out. All prompts
-and seeds of a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N`
-before it the processes share the methods.
+(hollow points). Resumable: a method that is in the file with the same grid is left out, and what it
+has of another grid is replaced. All prompts and seeds of a setting go in one batch. With
+`accelerate launch --multi_gpu --num_processes N` before it the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
@@ -501,11 +501,16 @@ def take_in(args, result):
     for path in sorted(args.out.parent.glob(f"{args.out.stem}-process-*.json")):
         found = json.loads(path.read_text())
         if found["settings"] == result["settings"]:
-            done = {key(record) for record in result["records"]}
-            result["records"] += [r for r in found["records"] if key(r) not in done]
+            put_in(result, found["records"])
             result["lines"] |= found["lines"]
             save(args.out, result)
         path.unlink()
+
+
+def put_in(result, records):
+    """In the place of what there is of the same methods."""
+    new = {key(record) for record in records}
+    result["records"] = [r for r in result["records"] if key(r) not in new] + records
 
 
 def key(record):
@@ -587,7 +592,7 @@ def main(arguments=None):
             own["lines"][" ".join(place)] = lines(runner)
         for method in left:
             try:
-                own["records"] += run_method(runner, method, args.budgets, grid)
+                put_in(own, run_method(runner, method, args.budgets, grid))
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

@@ -54,6 +54,24 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     assert joined["lines"] == second["lines"]
 
 
+def test_a_method_of_another_grid_is_replaced_also_by_what_processes_left(tmp_path):
+    out, wider = tmp_path / "pareto.json", ["--spacings", "1.5"]
+    pareto.main(arguments(out, "window", "random"))
+    before = json.loads(out.read_text())
+    pareto.main([*arguments(out, "window"), *wider])
+    after = json.loads(out.read_text())
+    spaced = [(r["method"], *r["grid"]["spacings"]) for r in after["records"]]
+    assert set(spaced) == {("random", 1.0, 1.5), ("window", 1.5)}
+    assert len(spaced) == len(before["records"])
+    left = after | {"records": [r for r in after["records"] if r["method"] == "window"]}
+    out.write_text(json.dumps(before))
+    (tmp_path / "pareto-process-1.json").write_text(json.dumps(left))
+    pareto.main([*arguments(out, "window"), *wider])
+    found = json.loads(out.read_text())["records"]
+    assert [r for r in found if r["method"] == "window"] == left["records"]
+    assert len(found) == len(before["records"])
+
+
 def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
     chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
     pareto.main(arguments(chosen, "window"))
