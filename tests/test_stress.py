@@ -1,5 +1,6 @@
 """Random sequences of what a user may do: dense output stays that of a pipeline never enabled."""
 
+import gc
 import random
 
 import diffusers
@@ -8,6 +9,9 @@ import torch
 from composed import DIFFUSERS_0_36, FAMILIES, arguments, generate, make
 
 from dit_sparse import disable_sparse_attention, enable_sparse_attention
+from dit_sparse.block_mask import BlockMask
+from dit_sparse.patterns.correct import Correction
+from dit_sparse.state import Kept, State
 
 OURS = ("cache_context", "_reset_stateful_cache", "fuse_qkv_projections", "unfuse_qkv_projections")
 METHODS = "adaspa", "adaspa-sampled", "window", "random", "auto", "rettention"
@@ -26,6 +30,7 @@ class Twins:
         self.both = self.pipe, self.twin
         self.size, self.options = {}, None
         self.fused = self.offloaded = self.compiled = False
+        self.held = held()
 
     def enable(self):
         method = self.random.choice(METHODS)
@@ -116,7 +121,7 @@ class Twins:
         options = self.options
         disable_sparse_attention(self.pipe)
         left = set(OURS) & set(vars(self.pipe.transformer)), left_of_ours(self.pipe.transformer)
-        assert left == (set(), [])
+        assert left == (set(), []) and held() <= self.held
         assert self.run(self.pipe).equal(self.run(self.twin))
         if options is not None and not self.compiled:
             self.put_on()
@@ -127,6 +132,12 @@ class Twins:
 def blocks(transformer):
     found = getattr(transformer, "blocks", None)
     return transformer.transformer_blocks if found is None else found
+
+
+def held():
+    """How much of what lives between steps is in memory."""
+    gc.collect()
+    return sum(type(thing) in (BlockMask, Correction, Kept, State) for thing in gc.get_objects())
 
 
 def left_of_ours(transformer):
