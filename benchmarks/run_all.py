@@ -103,6 +103,8 @@ def sweeps(pipeline: str) -> list[Task]:
     ablation = f"ablation_auto_{pipeline}.json"
     command = f"benchmarks/ablation_auto.py --pipeline samples/{pipeline} --target balanced"
     tasks.append(Task(f"ablation {pipeline}", f"{command} --out {{out}}/{ablation}"))
+    command = f"benchmarks/caches.py --pipeline samples/{pipeline} --lock {{out}}/gpu-1.lock"
+    tasks.append(Task(f"caches {pipeline}", f"{command} --out {{out}}/caches_{pipeline}.json"))
     return [*tasks, field(pipeline, 1)]
 
 
