@@ -65,6 +65,7 @@ class SparseConfig:
     tail: ClassVar[bool] = False
     text_queries: ClassVar[bool] = True  # whether text rows read everything, as text keys are read
     compares_heads: ClassVar[bool] = False  # True where a search needs all heads in one place
+    uneven_heads: ClassVar[bool] = False  # True where heads keep more or less of their blocks
     search_cost: ClassVar[float] = 0.0  # of finding a mask alone, where it is worth counting
 
     @property

@@ -85,9 +85,10 @@ class State:
     `layers` is the number of layers that run sparse; `planned_bytes` what will be kept at most;
     `masks` holds the last mask of each branch and layer, and its step, where it is not None;
     `dense_because` says why a run stays dense; `ulysses` who else computes the same call; `hosts`
-    holds the corrections of each device in host memory, where it is not None; `shares`
-    says what guidance branches of equal shape use of the first of them: where it is "all" they keep
-    one entry, where it is "mask" each its own.
+    holds the corrections of each device in host memory, where it is not None; `heads` tells, of
+    each branch and layer, the order in which processes share its heads, where it is not their own;
+    `shares` says what guidance branches of equal shape use of the first of them: where it is "all"
+    they keep one entry, where it is "mask" each its own.
     """
 
     call: Call | None = None
@@ -104,6 +105,7 @@ class State:
     last: dict[str, Call] = field(default_factory=dict)  # of each branch, in this run
     masks: dict[tuple[str, int], tuple[int, BlockMask]] | None = None
     hosts: dict[torch.device, HostCache] | None = None
+    heads: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     shares: str | None = None
 
     @property
@@ -139,6 +141,7 @@ class State:
     def drop(self) -> None:
         """Free what is kept; the trace stays for the report until the next run begins."""
         self.kept.clear()
+        self.heads.clear()
         self.last.clear()
         for host in (self.hosts or {}).values():
             host.drop()

@@ -21,6 +21,7 @@ from .report import COSTLY
 from .schedule import Kind, step_kind
 from .state import Kept, Record, State
 from .tail import add_tail, tail_cost
+from .ulysses import Ulysses, balanced
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,34 @@ class LayerAttention:
             )
         if ulysses is None:
             return self._all_parts(query, key, value)
+        order = self.state.heads.get(self.state.place(self.layer))
+        if order is not None:
+            query, key, value = (x[:, :, order] for x in (query, key, value))
         whole = (ulysses.to_heads(x, call.grid) for x in (query, key, value))
-        return ulysses.to_tokens(self._all_parts(*whole), call.grid)
+        output = ulysses.to_tokens(self._all_parts(*whole), call.grid)
+        if self.config.uneven_heads:
+            self._balance(ulysses, query.shape[2], order)
+        return output if order is None else output[:, :, inverse(order)]
+
+    def _balance(self, ulysses: Ulysses, heads: int, order: list[int] | None) -> None:
+        """After a search: share out the heads anew, and what is kept of them."""
+        call, state, place = self.state.call, self.state, self.state.place(self.layer)
+        kept = state.kept.get(place)
+        if kept is None or kept.found_at != call.step or kept.mask.bits.shape[1] == 1:
+            return
+        if state.masks is not None and order is not None:
+            state.masks[place] = call.step, move_mask(ulysses, kept.mask, inverse(order))
+        moved = balanced(ulysses.all_heads(kept.mask.density).tolist(), ulysses.degree)
+        if moved == list(range(heads)):
+            return
+        lse, mass = kept.lse, kept.kept_mass
+        state.kept[place] = replace(
+            kept,
+            mask=move_mask(ulysses, kept.mask, moved),
+            lse=None if lse is None else ulysses.move(lse, moved, 1),
+            kept_mass=None if mass is None else ulysses.move(mass, moved, 0),
+        )
+        state.heads[place] = moved if order is None else [order[head] for head in moved]
 
     def _all_parts(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """On all tokens, and the heads that are here; a guided batch as if it were two calls."""
@@ -299,7 +326,9 @@ class LayerAttention:
         ulysses = self.state.ulysses
         if ulysses is None or figures is None or len(figures) != query.shape[2]:
             return figures
-        return ulysses.all_heads(figures)
+        figures = ulysses.all_heads(figures)
+        order = self.state.heads.get(self.state.place(self.layer))
+        return figures if order is None else figures[inverse(order)]
 
     def _log(
         self,
@@ -312,6 +341,20 @@ class LayerAttention:
         self.state.trace.append(
             Record(call.branch, call.step, self.layer, kind, density, kept_mass, extra_cost)
         )
+
+
+def inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def move_mask(ulysses: Ulysses, mask: BlockMask, order: list[int]) -> BlockMask:
+    """A process's heads of a mask in another order; any may be the one with the longest rows."""
+    return replace(
+        mask,
+        bits=ulysses.move(mask.bits, order, 1),
+        density=ulysses.move(mask.density, order, 0),
+        max_blocks=mask.num_blocks[1],
+    )
 
 
 def permute_video(x: Tensor, index: Tensor, grid: VideoGrid) -> Tensor:

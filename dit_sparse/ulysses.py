@@ -5,7 +5,8 @@ an all-to-all gives it all tokens of 1/N of the heads, and one after it gives it
 that shares the attention is the same on all processes, which take their heads of it.
 
 A mask belongs to one head, so it is found, kept and used where that head is. Only what compares
-heads, or tells of all, is gathered.
+heads, or tells of all, is gathered. Where heads keep more or less of their blocks, they are shared
+out anew after a search, so that no process waits for another, and what is kept moves with them.
 """
 
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Ulysses:
         """What each process has of its heads, one after the other along `dim`."""
         return torch.cat(list(self._gather(x)), dim)
 
+    def move(self, x: Tensor, order: list[int], dim: int) -> Tensor:
+        """Of what all have along `dim` for their heads, this process's part in another order."""
+        here = torch.tensor(order[self.own_heads(len(order))], device=x.device)
+        return self.all_heads(x, dim).index_select(dim, here)
+
     def _exchange(
         self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
@@ -96,6 +102,26 @@ class Ulysses:
         gathered = x.new_empty(self.degree * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
         return gathered.unflatten(0, (self.degree, -1))
+
+
+def balanced(costs: list[float], degree: int) -> list[int]:
+    """An order of heads in which equally many for each of `degree` processes cost about as much.
+
+    The dearest first, each to the process that has least and is not full. As they are, where that
+    gains less than 1%.
+    """
+    full = len(costs) // degree
+    parts: list[list[int]] = [[] for _ in range(degree)]
+
+    def total(part: list[int]) -> float:
+        return sum(costs[head] for head in part)
+
+    for head in sorted(range(len(costs)), key=lambda head: -costs[head]):
+        min((part for part in parts if len(part) < full), key=total).append(head)
+    as_they_are = [list(range(i * full, (i + 1) * full)) for i in range(degree)]
+    if max(map(total, parts)) > 0.99 * max(map(total, as_they_are)):
+        parts = as_they_are
+    return [head for part in parts for head in sorted(part)]
 
 
 def _spans(grid: VideoGrid, video: int) -> tuple[slice, slice]:

@@ -18,6 +18,7 @@ from two_processes import on_two
 from dit_sparse import available_methods, enable_sparse_attention
 from dit_sparse.patterns.gates import first_gates
 from dit_sparse.patterns.mode_table import ModeTable
+from dit_sparse.ulysses import balanced
 
 SPARSE = {"density": 0.4, "block_size": 32, "search_at": (0.25, 0.5)}
 MADE = {name: case[0] for name, case in WAN.items()} | {
@@ -152,6 +153,44 @@ def test_every_method_finds_the_masks_of_one_process(tmp_path, method):
     assert_same(alone, on_two(tmp_path, run))
     levels = {len({*entry["density"]}) for entry in alone[2].trace if entry["density"]}
     assert levels == {2} or method != "adaspa"
+
+
+def shares_of(rank, **options):
+    """Of each mask that is kept during a run: in which order heads are shared, and what is here."""
+    pipe, generate = make("four heads")
+    handle = enable_sparse_attention(pipe, **options)
+    parallelise(pipe)
+    found = []
+
+    def look(*args):
+        for state in (installed.state for installed in handle._installed):
+            for place, kept in state.kept.items():
+                found.append((state.heads.get(place), float(kept.mask.density.sum())))
+
+    for transformer in transformers(pipe):
+        transformer.register_forward_hook(look)
+    generate()
+    assert not any(installed.state.heads for installed in handle._installed)
+    return found
+
+
+def test_processes_get_heads_that_cost_as_much(tmp_path):
+    options = SPARSE | {"method": "adaspa", "recall_threshold": 0.0, "search_at": (0.0, 0.5)}
+    first, second = on_two(tmp_path, partial(shares_of, **options))
+    assert first and any(order for order, _ in first)
+    for (order, mine), (other, theirs) in zip(first, second, strict=True):
+        assert order == other and (order is None or sorted(order) == [0, 1, 2, 3])
+        assert mine == pytest.approx(theirs, rel=0.02)
+
+
+def test_the_dearest_heads_are_apart():
+    assert balanced([3, 3, 1, 1], 2) == [0, 2, 1, 3]
+    assert balanced([3, 1, 3, 1], 2) == [0, 1, 2, 3]  # as they are
+    costs = [1.5, 1.5, 1.5, 1.5, 1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1]
+    for degree in (2, 3, 4, 6):
+        order = balanced(costs, degree)
+        parts = torch.tensor(costs)[order].unflatten(0, (degree, -1)).sum(1)
+        assert sorted(order) == list(range(12)) and parts.max() == parts.min()
 
 
 def dense_then_disabled(rank, name, first):

@@ -54,6 +54,7 @@ class AdaSpa(SparseConfig):
         for model in ("HunyuanVideo", "CogVideoX 1.5")
     }
     uses_lse: ClassVar[bool] = True
+    uneven_heads: ClassVar[bool] = True
     search_cost: ClassVar[float] = 0.5
 
     def __post_init__(self):
