@@ -289,8 +289,8 @@ class Installation:
         place = latents.device, latents.dtype
         batch = len(latents)
         guided = self._guided(branch, step, batch) and prepared.lengths is None
-        of_batch = prepared.lengths, guided, batch
-        call = Call(prepared.grid, step, num_steps, branch, *place, *of_batch)
+        where, lengths = (step, num_steps, branch), prepared.lengths
+        call = Call(prepared.grid, *where, *place, lengths, guided, batch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
         if len(self.state.last) > 1:

@@ -239,9 +239,9 @@ class LayerAttention:
     ) -> tuple[Found, BlockMask]:
         """A mask for these, found for them or, where guidance branches share it, for the first."""
         call, config, batch = self.state.call, self.config, query.shape[0]
-        mask = self.state.mask_of_other_branch(self.layer, batch)
-        if mask is not None:
-            return Found(mask), mask
+        shared_mask = self.state.mask_of_other_branch(self.layer, batch)
+        if shared_mask is not None:
+            return Found(shared_mask), shared_mask
         both = call.guided and self.state.shares == "mask"
         if both:  # the negative prompts come first
             query, key, value = (x[batch // 2 :] for x in (query, key, value))
