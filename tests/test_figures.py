@@ -137,6 +137,7 @@ def test_claims_of_the_seed_papers():
     }
     told = table("docs/log.md", "difference", "Wan")
     published = told.pop("both, as published, over a residual")
+    of_rows = told.pop("the map's best blocks over those of every row")
     assert list(told) == list(rows)
     for place, box in enumerate(BOXES):
         found = {claim: of["paired"] for claim, of in result(f"claims_{box}")["claims"].items()}
@@ -144,6 +145,9 @@ def test_claims_of_the_seed_papers():
             values = found[claim][difference]
             numbers = re.findall(r"-?[0-9.]+", told[name][place])
             assert are(numbers, values["psnr"], *values["psnr_ci95"])
+        (paired,) = result(f"claims_rows_{box}")["claims"]["rows"]["paired"].values()
+        numbers = re.findall(r"-?[0-9.]+", of_rows[place])
+        assert are(numbers, paired["psnr"], *paired["psnr_ci95"])
         names = f"{both}, as published", "residual"
         with_rho, alone = (found["residual"][f"{name} minus nothing"]["psnr"] for name in names)
         assert are([published[place].split()[0]], with_rho - alone)
