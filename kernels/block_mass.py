@@ -22,10 +22,10 @@ from .dot import (
     check_scale,
     check_tensors,
     describe,
-    dot,
     load_path,
     load_tile,
     padded_head_dim,
+    tile_scores,
 )
 from .tiles import MASS, Tile, launch, tile_for
 
@@ -51,14 +51,11 @@ def tile_mass(
     MASKED: tl.constexpr,
 ):
     # Sums over groups of rows and spans of columns: (ROWS // GROUP, COLUMNS // SPAN)
-    k_tile = load_tile(
-        k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
-    )
-    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
+    scores = tile_scores(
+        q, k, k_strides, batch, head, start, kv_len,
+        HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED,
+    )  # fmt: skip
     probs = tl.exp2(tl.fma(scores, scale_log2, -lse_log2[:, None]))
-    if MASKED:
-        kv_valid = start + tl.arange(0, COLUMNS) < kv_len
-        probs = tl.where(kv_valid[None, :], probs, 0.0)
     of_rows = tl.sum(probs.reshape(ROWS, COLUMNS // SPAN, SPAN), 2)
     return tl.sum(of_rows.reshape(ROWS // GROUP, GROUP, COLUMNS // SPAN), 1)
 

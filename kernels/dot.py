@@ -78,6 +78,32 @@ def load_tile(
 
 
 @triton.jit
+def tile_scores(
+    q,
+    k,
+    k_strides,
+    batch,
+    head,
+    start,
+    kv_len,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    # Of a q tile and one tile of keys; -inf for keys that do not exist
+    k_tile = load_tile(
+        k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
+    )
+    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
+    if MASKED:
+        kv_valid = start + tl.arange(0, COLUMNS) < kv_len
+        scores = tl.where(kv_valid[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def online_softmax(scores, scale_log2, running_max, running_sum):
     # One step of softmax in base 2 over unscaled scores (ROWS, COLUMNS).
     # Scaling inside the exponent lets one fused multiply-add serve scale and maximum.

@@ -20,38 +20,13 @@ from .dot import (
     check_scale,
     check_tensors,
     describe,
-    dot,
     load_path,
     load_tile,
     online_softmax,
     padded_head_dim,
+    tile_scores,
 )
 from .tiles import SAMPLED, Tile, launch, tile_for
-
-
-@triton.jit
-def tile_scores(
-    q,
-    k,
-    k_strides,
-    batch,
-    head,
-    start,
-    kv_len,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    k_tile = load_tile(
-        k, k_strides, batch, head, start, kv_len, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED
-    )
-    scores = dot(q, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS) -> (ROWS, COLUMNS)
-    if MASKED:
-        kv_valid = start + tl.arange(0, COLUMNS) < kv_len
-        scores = tl.where(kv_valid[None, :], scores, float("-inf"))
-    return scores
 
 
 @triton.jit

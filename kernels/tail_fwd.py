@@ -56,9 +56,9 @@ def kept_of_tile(
     bits_row, start, COLUMNS: tl.constexpr, TAIL_TOKENS: tl.constexpr, BLOCK_KV: tl.constexpr
 ):
     # The lowest bit of each entry: is the block of mean start + i kept? COLUMNS divides `start`.
-    BLOCKS: tl.constexpr = COLUMNS * TAIL_TOKENS // BLOCK_KV  # 4 to 64, a power of two
+    BLOCKS: tl.constexpr = COLUMNS * TAIL_TOKENS // BLOCK_KV  # at most 64; 0 is a part of one
     blocks = tl.arange(0, COLUMNS) // (BLOCK_KV // TAIL_TOKENS)
-    first = start // COLUMNS * BLOCKS
+    first = start // (BLOCK_KV // TAIL_TOKENS)
     bytes_ptr = bits_row + first // 8
     low = tl.load(bytes_ptr).to(tl.int32)
     if BLOCKS < 8:
@@ -74,7 +74,8 @@ def kept_of_tile(
 
 
 @triton.jit
-def load_means(
+def attend_means(
+    q_tile,
     k,
     v,
     k_strides,
@@ -83,19 +84,34 @@ def load_means(
     head,
     start,
     num_means,
+    dropped,
+    count,
+    scale_log2,
+    running_max,
+    running_sum,
+    acc,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    # (COLUMNS, BLOCK_D) of pooled keys and values
+    # One tile of means, those `dropped` (COLUMNS,); `count` (COLUMNS,) is added to scores, or None.
     k_tile = load_tile(
         k, k_strides, batch, head, start, num_means, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True
     )
     v_tile = load_tile(
         v, v_strides, batch, head, start, num_means, HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True
     )
-    return k_tile, v_tile
+    scores = dot(q_tile, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS)
+    if count is not None:
+        scores += count[None, :]
+    scores = tl.where(dropped[None, :], scores, float("-inf"))
+    probs, rescale, running_max, running_sum = online_softmax(
+        scores, scale_log2, running_max, running_sum
+    )
+    # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
+    acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
+    return running_max, running_sum, acc
 
 
 @triton.jit(do_not_specialize=["q_len", "num_means", "max_kv_len"])
@@ -168,19 +184,12 @@ def tail_fwd_kernel(
     )
     complete = kv_len // TAIL_TOKENS // COLUMNS * COLUMNS  # means before it have all their tokens
     for start in tl.range(0, complete, COLUMNS):
-        kept = kept_of_tile(bits_row, start, COLUMNS, TAIL_TOKENS, BLOCK_KV)
-        k_tile, v_tile = load_means(
-            k, v, k_strides, v_strides, batch, head, start, num_means,
+        dropped = kept_of_tile(bits_row, start, COLUMNS, TAIL_TOKENS, BLOCK_KV) == 0
+        running_max, running_sum, acc = attend_means(
+            q_tile, k, v, k_strides, v_strides, batch, head, start, num_means,
+            dropped, None, scale_log2, running_max, running_sum, acc,
             HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS,
         )  # fmt: skip
-        scores = dot(q_tile, k_tile.trans())  # (ROWS, BLOCK_D) @ (BLOCK_D, COLUMNS)
-        scores = tl.where((kept == 0)[None, :], scores, float("-inf"))
-        probs, rescale, running_max, running_sum = online_softmax(
-            scores, scale_log2, running_max, running_sum
-        )
-        # (ROWS, COLUMNS) @ (COLUMNS, BLOCK_D) -> (ROWS, BLOCK_D)
-        acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
-
     for start in tl.range(complete, num_means, COLUMNS):
         means = start + tl.arange(0, COLUMNS)
         blocks = means // (BLOCK_KV // TAIL_TOKENS)
@@ -189,16 +198,11 @@ def tail_fwd_kernel(
         tokens = tl.minimum(kv_len - means * TAIL_TOKENS, TAIL_TOKENS)
         # The softmax scales scores, so the count of tokens is divided by the scale.
         count = tl.log2(tl.maximum(tokens, 1).to(tl.float32) / TAIL_TOKENS) / scale_log2
-        k_tile, v_tile = load_means(
-            k, v, k_strides, v_strides, batch, head, start, num_means,
+        running_max, running_sum, acc = attend_means(
+            q_tile, k, v, k_strides, v_strides, batch, head, start, num_means,
+            (kept == 0) & (tokens > 0), count, scale_log2, running_max, running_sum, acc,
             HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS,
         )  # fmt: skip
-        scores = dot(q_tile, k_tile.trans()) + count[None, :]
-        scores = tl.where(((kept == 0) & (tokens > 0))[None, :], scores, float("-inf"))
-        probs, rescale, running_max, running_sum = online_softmax(
-            scores, scale_log2, running_max, running_sum
-        )
-        acc = acc * rescale[:, None] + dot(probs.to(v_tile.dtype), v_tile)
 
     # A row without keys has sum 0: output 0, LSE -inf.
     empty = running_sum == 0.0

@@ -188,6 +188,12 @@ def test_tail_of_means_of_parts_of_blocks(case, path):
     test_tail_is_as_exact_as_math_attention(case, path)
 
 
+@pytest.mark.parametrize("tail_tokens", [1, 4])
+def test_a_tile_of_means_may_be_less_than_a_block(tail_tokens):
+    case = Case("", q_len=70, kv_len=530, block_size=(128, 128), heads=1)
+    check_tail(replace(case, tail_tokens=tail_tokens), DEVICE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tail_in_every_case(case, path):
