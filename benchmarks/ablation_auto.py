@@ -28,7 +28,7 @@ from pareto import (  # noqa: E402
     parser_of_runs,
     save,
     say,
-    schedules,
+    schedule,
 )
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
@@ -71,12 +71,6 @@ class MasksOfAdaSpa(ExactMasks):
         return AdaSpa(**options).find(search)
 
 
-def spaced(config, searches, power=1.5):
-    """Times of searches from the first on; above a power of 1 the later are further apart."""
-    (at,) = schedules(config.search_at[0], [searches], [power])
-    return at
-
-
 def variants(config):
     """Name and config, from `auto` at a target."""
     options = config.to_dict()
@@ -88,14 +82,15 @@ def variants(config):
     yield "without both", WithoutTail(**options | {"residual": None})
     yield "exact masks", ExactMasks(**options)
     yield "masks of AdaSpa", MasksOfAdaSpa(**options)
-    yield "even searches", replace(config, search_at=spaced(config, len(config.search_at), 1.0))
+    first, *rest = config.search_at
+    yield "even searches", replace(config, search_at=schedule(first, 1 + len(rest)))
     for shares in SHARES:
         if shares != config.share_guidance:
             yield f"guidance shares {shares}", replace(config, share_guidance=shares)
     for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
     for searches in (1, 2, 3, 6):
-        yield f"{searches} searches", replace(config, search_at=spaced(config, searches))
+        yield f"{searches} searches", replace(config, search_at=schedule(first, searches, 1.5))
 
 
 def at_cost(runner, config, goal):

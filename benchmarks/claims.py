@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from environment import environment  # noqa: E402
+from pareto import schedule  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 from quality import Runner, interval  # noqa: E402
 
@@ -37,10 +38,6 @@ from dit_sparse.patterns.select import blocks_of, top_k_map  # noqa: E402
 
 WARM_UP, DENSITY = 0.2, 0.2
 OTHER_PROMPTS = 31  # seed
-
-
-def evenly(searches):
-    return tuple(WARM_UP + (1 - WARM_UP) * i / searches for i in range(searches))
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Nothing(Rettention):
 
 def reuse(runner):
     for searches in (1, 2, 4):
-        yield f"{searches} searches", AdaSpa(density=DENSITY, search_at=evenly(searches))
+        yield f"{searches} searches", AdaSpa(density=DENSITY, search_at=schedule(WARM_UP, searches))
     yield "every step", AdaSpa(density=DENSITY, search_at=(WARM_UP,), every_step=True)
 
 
@@ -93,7 +90,7 @@ def rows(runner):
 
 
 def residual(runner):
-    shared = {"density": DENSITY, "search_at": evenly(4)}
+    shared = {"density": DENSITY, "search_at": schedule(WARM_UP, 4)}
     yield "nothing", Nothing(**shared)
     yield "rho", RhoAlone(**shared)
     yield "residual", ResidualAlone(**shared)

@@ -28,6 +28,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -296,20 +297,16 @@ def settings(runner, method, cls, grid):
     for swept in cls.swept or [{"density": density} for density in grid["densities"]]:
         options = swept | also
         for warm_up in grid["warm_ups"]:
-            for at in schedules(warm_up, grid["searches"], grid["spacings"]):
+            axes = product(grid["searches"], grid["spacings"])
+            for at in dict.fromkeys(schedule(warm_up, *of) for of in axes):  # one search is one
                 yield cls(**options, search_at=at, every_step=False)
             if cls.every_step:  # a method that looks at every step by itself may do so
                 yield cls(**options, search_at=(warm_up,), every_step=True)
 
 
-def schedules(warm_up, searches, spacings):
-    """Times of as many searches from the end of the warm-up on."""
-    found = {}
-    for count in searches:
-        for spacing in spacings:
-            at = (warm_up + (1 - warm_up) * (i / count) ** spacing for i in range(count))
-            found[tuple(at)] = None
-    return list(found)
+def schedule(first, searches, spacing=1.0):
+    """Times of searches from the first on; above a spacing of 1 ever further apart."""
+    return tuple(first + (1 - first) * (i / searches) ** spacing for i in range(searches))
 
 
 def gates(runner):

@@ -5,9 +5,9 @@
 
 With two GPUs, what runs on both comes first; then what is timed alone runs on the first, and what
 generates videos on the second, several at a time; half of the methods wait for the first. With one
-GPU all follow each other. A task whose
-result is there is left out; one that was cut short goes on where its script can. Logs lie in
---out/logs; at the end of --seconds, or interrupted, it stops whatever still runs.
+GPU all follow each other. A task whose result is there is left out; one that was cut short goes on
+where its script can. Logs lie in --out/logs; at the end of --seconds, or interrupted, it stops
+whatever still runs.
 """
 
 import argparse
@@ -89,9 +89,14 @@ def timed(gpu: str, fa4: str) -> list[Task]:
     return [*tasks, Task("crossover", f"benchmarks/crossover.py --out {{out}}/{name}", name)]
 
 
+def sharing(script: str, pipeline: str, gpu: int) -> str:
+    """The command of a script that takes turns with others on a GPU."""
+    return f"benchmarks/{script} --pipeline samples/{pipeline} --lock {{out}}/gpu-{gpu}.lock"
+
+
 def sweeps(pipeline: str) -> list[Task]:
     """Of one pipeline, beside those of the others on the same GPU."""
-    pareto = f"benchmarks/pareto.py --pipeline samples/{pipeline} --lock {{out}}/gpu-1.lock"
+    pareto = sharing("pareto.py", pipeline, 1)
     out, seeds = f"pareto_{pipeline}.json", " ".join(f"--method {name}" for name in SEEDS)
     tasks = [Task(f"pareto {pipeline}", f"{pareto} --out {{out}}/{out} {seeds}")]
     for (side, latents), options in LARGER.items():
@@ -103,16 +108,15 @@ def sweeps(pipeline: str) -> list[Task]:
     ablation = f"ablation_auto_{pipeline}.json"
     command = f"benchmarks/ablation_auto.py --pipeline samples/{pipeline} --target balanced"
     tasks.append(Task(f"ablation {pipeline}", f"{command} --out {{out}}/{ablation}"))
-    command = f"benchmarks/caches.py --pipeline samples/{pipeline} --lock {{out}}/gpu-1.lock"
-    tasks.append(Task(f"caches {pipeline}", f"{command} --out {{out}}/caches_{pipeline}.json"))
+    command = sharing("caches.py", pipeline, 1) + f" --out {{out}}/caches_{pipeline}.json"
+    tasks.append(Task(f"caches {pipeline}", command))
     return [*tasks, field(pipeline, 1)]
 
 
 def field(pipeline: str, part: int) -> Task:
     """One half of the other methods, for the GPU of that number."""
     methods = [name for name in available_methods() if name not in SEEDS][part::2]
-    command = f"benchmarks/pareto.py --pipeline samples/{pipeline} --lock {{out}}/gpu-{part}.lock"
-    command += f" --out {{out}}/field_{pipeline}_{part}.json"
+    command = sharing("pareto.py", pipeline, part) + f" --out {{out}}/field_{pipeline}_{part}.json"
     return Task(f"field {pipeline} {part}", command + "".join(f" --method {m}" for m in methods))
 
 
