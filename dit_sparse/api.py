@@ -286,11 +286,10 @@ class Installation:
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
-        place = latents.device, latents.dtype
-        batch = len(latents)
+        batch, place = len(latents), (latents.device, latents.dtype)
         guided = self._guided(branch, step, batch) and prepared.lengths is None
-        where, lengths = (step, num_steps, branch), prepared.lengths
-        call = Call(prepared.grid, *where, *place, lengths, guided, batch)
+        more = {"lengths": prepared.lengths, "guided": guided, "batch": batch}
+        call = Call(prepared.grid, step, num_steps, branch, *place, **more)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
         if len(self.state.last) > 1:
