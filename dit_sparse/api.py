@@ -286,10 +286,10 @@ class Installation:
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         self._tell_of_forced_blocks(prepared.grid)
-        batch, place = len(latents), (latents.device, latents.dtype)
-        guided = self._guided(branch, step, batch) and prepared.lengths is None
-        more = {"lengths": prepared.lengths, "guided": guided, "batch": batch}
-        call = Call(prepared.grid, step, num_steps, branch, *place, **more)
+        batch, lengths = len(latents), prepared.lengths
+        guided = self._guided(branch, step, batch) and lengths is None
+        place = latents.device, latents.dtype
+        call = Call(prepared.grid, step, num_steps, branch, *place, lengths, guided, batch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
         if len(self.state.last) > 1:
