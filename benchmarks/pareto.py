@@ -51,8 +51,8 @@ from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
 WARM_UPS, DENSITIES = (0.0, 0.08, 0.12, 0.16, 0.24), (0.05, 0.1, 0.2, 0.35)
-SEARCHES = 1, 3, 5
-SPACINGS = (1.0, 1.5)  # evenly, and ever further apart
+SEARCHES = 1, 3, 4, 5
+SPACINGS = (1.5,)  # ever further apart; 1 is evenly
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 BASELINE = "adaspa"
