@@ -85,6 +85,7 @@ class Runner:
     name: str
     source: Path
     call: dict = field(default_factory=dict)
+    seconds: float | None = None  # of the last generation
 
     def __post_init__(self):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,6 +132,7 @@ class Runner:
             for i in range(len(clips.prompts))
         ]
         with torch.no_grad(), gpu_of(self.args.lock, alone):
+            start = time.perf_counter()  # not while it waits for the GPU
             frames = self.pipe(
                 clips.prompts,
                 generator=generators,
@@ -139,6 +141,7 @@ class Runner:
             ).frames
             if self.device == "cuda":
                 torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - start
         return frames
 
     def latents(self, clips):
