@@ -58,6 +58,7 @@ BUDGETS = (0.2, 0.3, 0.4, 0.6)
 BASELINE = "adaspa"
 RESAMPLES = 10_000
 DENSE = AdaSpa(density=1.0)
+MOST_TIME = 1.5  # that is drawn, of dense attention's
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
 
 
@@ -427,7 +428,10 @@ def draw(result, path):
         len(places), 2, figsize=(12, 4.5 * len(places)), squeeze=False, sharey="row",
         layout="constrained",
     )  # fmt: skip
-    methods = list(dict.fromkeys(r["method"] for r in result["records"]))
+    known = [
+        name for name in available_methods() if any(r["method"] == name for r in result["records"])
+    ]
+    methods = list(dict.fromkeys([*known, *(r["method"] for r in result["records"])]))
     for row, place in zip(axes, places):
         for axis, x in zip(row, ("effective_cost", "effective_time")):
             for index, method in enumerate(methods):
@@ -452,6 +456,8 @@ def draw(result, path):
                     xycoords=("axes fraction", "data"), ha="right", va="bottom",
                 )  # fmt: skip
             axis.set(xlabel=x.replace("_", " ") + " (dense = 1)", title=" ".join(place))
+            if axis.get_xlim()[1] > MOST_TIME:
+                axis.set(xlim=(0, MOST_TIME), xlabel=f"{axis.get_xlabel()}, up to {MOST_TIME}")
             axis.grid(alpha=0.3)
         row[0].set_ylabel("PSNR against dense, dB")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")

@@ -59,6 +59,56 @@ def test_readme_pareto():
     assert f"kernel gives {floor} dB, another seed {chance}" in text("README.md")
 
 
+def best_of_budgets(name):
+    """{(pipeline, method): {budget: record}}"""
+    found = {}
+    for record in result(name)["records"]:
+        for budget in record.get("budgets", ()):
+            found.setdefault((record["pipeline"], record["method"]), {})[budget] = record
+    return found
+
+
+def test_the_rest_of_the_field():
+    best = best_of_budgets("pareto")
+    told = table("docs/field.md", "method", "Wan", "HunyuanVideo", "CogVideoX")
+    for method, cells in told.items():
+        for box, cell in zip(BOXES, cells, strict=True):
+            of = best.get((box, method))
+            of = of and {budget: f"{record['psnr']:.1f}" for budget, record in of.items()}
+            budgets = (0.2, 0.3, 0.4, 0.6)
+            assert cell == (" / ".join(of.get(b, "-") for b in budgets) if of else "")
+    in_readme = {
+        "auto",
+        "adaspa",
+        "draftattention",
+        "rettention",
+        "sparse-vdit",
+        "window",
+        "random",
+    }
+    assert {method for _, method in best} - in_readme == {*told} - {"auto"}
+    costs = [
+        r["effective_cost"]
+        for r in result("pareto")["records"]
+        if r.get("published") and r["method"] in ("svg2", "sparge", "xattention")
+    ]
+    assert f"cost {min(costs):.2f} to {max(costs):.2f} here" in text("docs/field.md")
+
+
+def test_larger_videos():
+    told = table("docs/performance.md", "effective cost at most, larger videos")
+    rows = 0
+    for size in ("192", "256"):
+        for (box, method), of in best_of_budgets(f"pareto_{size}").items():
+            cells = told[f"{box} {size}x{size}, {method}"]
+            for cell, budget in zip(cells, (0.2, 0.3, 0.4, 0.6), strict=True):
+                assert are(
+                    re.findall(NUMBER, cell), of[budget]["psnr"], of[budget]["effective_time"]
+                )
+            rows += 1
+    assert rows == len(told)
+
+
 def test_time_of_auto_on_the_small_pipelines():
     auto = [r for r in result("pareto")["records"] if r["method"] == "auto"]
     timed = [r for r in auto if r["effective_time"] is not None]
@@ -93,6 +143,19 @@ def test_damping_and_finer_means():
         for cell, gains in zip(cells, gained[name].values(), strict=True):
             mean = sum(gains) / len(gains)
             assert are(re.findall(r"-?[0-9.]+", cell), mean, min(gains), max(gains))
+
+
+def test_damping_and_flicker():
+    records = {(r["pipeline"], r["method"]): r for r in result("trials_h200")["records"]}
+    head = "auto:search_at=(0,0.125,0.3536,0.6495),density=0.09,"
+    for damping, cells in table("docs/log.md", "damping", "Wan").items():
+        own = f"share_guidance=all,damping={float(damping)}"
+        setting = "tail_tokens=32,share_guidance=all" if damping == "0.25" else own
+        for cell, box in zip(cells, BOXES, strict=True):
+            (found,) = (
+                r for (b, method), r in records.items() if (b, method) == (box, head + setting)
+            )
+            assert are(re.findall(NUMBER, cell), found["psnr"], found["flicker"])
 
 
 def test_what_guidance_shares():
