@@ -18,12 +18,14 @@ from dense's latents (velocity.py).
 On a GPU the transformer's blocks are compiled, dense attention too. `--settings-of FILE` scores
 what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing.
 Several processes may share a GPU (`--lock FILE`, each with its own --out): they generate side by
-side, and the others wait while one is timed. `--also FILE` joins their files.
+side, and the others wait while one is timed. With `--claims FOLDER` no two of them run the same
+method. `--also FILE` joins their files.
 """
 
 import argparse
 import fcntl
 import json
+import re
 import sys
 import time
 from contextlib import ExitStack, contextmanager
@@ -523,6 +525,26 @@ def key(record):
     return record["pipeline"], record["size"], record["method"]
 
 
+@contextmanager
+def claim(folder, *what):
+    """Whether this is ours to do: no other process does it or has done it."""
+    if folder is None:
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / re.sub(r"[^\w.-]+", "-", " ".join(what)), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends, also by a kill
+        except BlockingIOError:
+            yield False
+            return
+        file.seek(0)
+        ours = not file.read()
+        yield ours
+        if ours:
+            file.write("done")
+
+
 def other_prompts(args):
     """The seed of the prompts as a setting, where it is not that of all files from before it."""
     return {} if args.prompt_seed == TEST_SEED else {"prompt_seed": args.prompt_seed}
@@ -554,6 +576,7 @@ def parse(arguments=None):
     add("--only-figure", action="store_true")
     add("--settings-of", type=Path, help="score what this file chose; tune nothing")
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
+    add("--claims", type=Path, help="folder by which processes share the methods")
     for name, values in (
         ("budgets", BUDGETS), ("warm-ups", WARM_UPS), ("densities", DENSITIES),
         ("searches", SEARCHES), ("spacings", SPACINGS), ("epsilons", EPSILONS),
@@ -598,7 +621,9 @@ def main(arguments=None):
             own["lines"][" ".join(place)] = lines(runner)
         for method in left:
             try:
-                put_in(own, run_method(runner, method, args.budgets, grid))
+                with claim(args.claims, *place, method) as ours:
+                    if ours:
+                        put_in(own, run_method(runner, method, args.budgets, grid))
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

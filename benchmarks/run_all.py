@@ -4,8 +4,8 @@
     python benchmarks/run_all.py --out results --only step --list
 
 With two GPUs, what runs on both comes first; then what is timed alone runs on the first, and what
-generates videos on the second, several at a time; half of the methods wait for the first. With one
-GPU all follow each other. A task whose result is there is left out; one that was cut short goes on
+generates videos on the second, several at a time; then they share the other methods. With one GPU
+all follow each other. A task whose result is there is left out; one that was cut short goes on
 where its script can. Logs lie in --out/logs; at the end of --seconds, or interrupted, it stops
 whatever still runs.
 """
@@ -113,11 +113,12 @@ def sweeps(pipeline: str) -> list[Task]:
     return [*tasks, field(pipeline, 1)]
 
 
-def field(pipeline: str, part: int) -> Task:
-    """One half of the other methods, for the GPU of that number."""
-    methods = [name for name in available_methods() if name not in SEEDS][part::2]
-    command = sharing("pareto.py", pipeline, part) + f" --out {{out}}/field_{pipeline}_{part}.json"
-    return Task(f"field {pipeline} {part}", command + "".join(f" --method {m}" for m in methods))
+def field(pipeline: str, gpu: int) -> Task:
+    """The other methods, those that no other GPU has begun."""
+    methods = [name for name in available_methods() if name not in SEEDS]
+    command = sharing("pareto.py", pipeline, gpu) + " --claims {out}/claims"
+    command += f" --out {{out}}/field_{pipeline}_{gpu}.json"
+    return Task(f"field {pipeline} {gpu}", command + "".join(f" --method {m}" for m in methods))
 
 
 def checks(gpu: str) -> list[Task]:
@@ -214,10 +215,9 @@ def stages(gpus: int, gpu: str, fa4: str) -> list[list[tuple[str, list[Task]]]]:
     generate = [sweeps(name) for name in PIPELINES]
     if gpus == 1:
         tests = [("0", checks(gpu))]
-        halves = [("0", [field(name, 0)]) for name in PIPELINES]
-        return [[("0", timed(gpu, fa4))], [("0", tasks) for tasks in generate], halves, tests]
-    halves = [field(name, 0) for name in PIPELINES]
-    first = [("0", [*timed(gpu, fa4), *checks(gpu), *halves])]
+        return [[("0", timed(gpu, fa4))], [("0", tasks) for tasks in generate], tests]
+    rest = [field(name, 0) for name in PIPELINES]
+    first = [("0", [*timed(gpu, fa4), *checks(gpu), *rest])]
     return [[("0,1", both_gpus(gpu))], [*first, *(("1", tasks) for tasks in generate)]]
 
 

@@ -124,3 +124,21 @@ def test_seams_and_flicker():
     stepped = flat + (torch.arange(16) // 4).view(1, 1, 1, 16, 1) + torch.rand(16, 1) * 0.01
     assert pareto.seams(stepped, 4) > 50
     assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0
+
+
+def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
+    claims = "--claims", str(tmp_path / "claims")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    pareto.main([*arguments(first, "window"), *claims])
+    with pareto.claim(tmp_path / "claims", "tiny", "random") as ours:
+        assert ours
+        with pareto.claim(tmp_path / "claims", "tiny", "random") as theirs:
+            assert not theirs
+    with pytest.raises(KeyboardInterrupt):
+        with pareto.claim(tmp_path / "claims", "tiny", "adaspa"):
+            raise KeyboardInterrupt
+    with pareto.claim(tmp_path / "claims", "tiny", "adaspa") as ours:
+        assert ours  # it was not finished
+    pareto.main([*arguments(second, "window", "random"), *claims])
+    found = [json.loads(path.read_text())["records"] for path in (first, second)]
+    assert [{r["method"] for r in records} for records in found] == [{"window"}, {"random"}]

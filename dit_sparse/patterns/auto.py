@@ -90,9 +90,9 @@ class Auto(SparseConfig):
     )
     targets: ClassVar[dict[str, dict]] = TARGETS
     swept: ClassVar[tuple[dict, ...]] = (
-        {"density": 0.05, "tail_tokens": 64, "share_guidance": "all"},
+        {"density": 0.06, "tail_tokens": 64, "share_guidance": "all"},
         {"density": 0.09, "share_guidance": "all"},
-        {"density": 0.2, "share_guidance": "all"},
+        {"density": 0.17, "share_guidance": "all"},
         {"density": 0.09, "share_guidance": "mask"},
     )
     apart: ClassVar[int] = 2
