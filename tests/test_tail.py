@@ -22,6 +22,7 @@ from dit_sparse import (
 from dit_sparse import tail as tail_module
 from dit_sparse.api import make_config
 from dit_sparse.dense import dense_attention_with_lse
+from dit_sparse.patterns import correct
 from dit_sparse.patterns.correct import add_residual, measure_residual
 from dit_sparse.patterns.search import Search
 from dit_sparse.reference import block_pool
@@ -295,6 +296,18 @@ def test_a_residual_gives_dense_back_at_its_own_step(fp8):
     error = (found - dense).norm() / (dense - sparse).norm()
     assert error < (0.03 if fp8 else 1e-6) and found[0, 0, 0].equal(dense[0, 0, 0])
     assert kept.nbytes() == 2 * 50 * 3 * ((64 + 4) if fp8 else 64 * 4) and kept.batch == 2
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_residual_is_measured_in_pieces_that_change_no_bit(fp8, dtype, monkeypatch):
+    dense, sparse = torch.randn(2, 2, 50, 3, 64).to(dtype)
+    rho = torch.rand(2, 3, 50)
+    given = [(dense, sparse, fp8, rho), (dense, sparse, fp8)]
+    whole = [measure_residual(*of) for of in given]
+    monkeypatch.setattr(correct, "CHUNK_ELEMENTS", 2 * 7 * 3 * 64)
+    for before, of in zip(whole, given):
+        assert all(a.equal(b) for a, b in zip(before.tensors(), measure_residual(*of).tensors()))
 
 
 def test_fp8_keeps_rows_of_very_different_size():

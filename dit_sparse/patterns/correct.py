@@ -16,6 +16,7 @@ from torch import Tensor
 from ..reference import block_pool
 
 FP8 = torch.float8_e4m3fn
+CHUNK_ELEMENTS = 1 << 26  # of an output in float32 at once: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def apply_correction(
     return (per_row(rho) * sparse.float() + residual).to(sparse.dtype)
 
 
+@torch.no_grad()
 def measure_residual(
     dense: Tensor, sparse: Tensor, fp8: bool = False, rho: Tensor | None = None
 ) -> Correction:
@@ -90,13 +92,20 @@ def measure_residual(
         fp8: keep it in float8_e4m3fn with a scale for each row of D, not in the dtype of `dense`.
         rho: (B, H, S) float32, what the sparse output is scaled by, now and later.
     """
-    # in float32; few passes, since outputs are large
-    residual = dense.float() - (sparse if rho is None else per_row(rho) * sparse)
-    if not fp8:
-        return Correction(residual.to(dense.dtype).contiguous(), rho)
-    largest = torch.linalg.vector_norm(residual, torch.inf, -1, keepdim=True).contiguous()
-    scale = largest.div_(torch.finfo(FP8).max).clamp_min_(torch.finfo(torch.float32).tiny)
-    return Correction(residual.div_(scale).to(FP8).contiguous(), rho, scale=scale)
+    residual = torch.empty(dense.shape, dtype=FP8 if fp8 else dense.dtype, device=dense.device)
+    scale = dense.new_empty(*dense.shape[:3], 1, dtype=torch.float32) if fp8 else None
+    at_once = max(CHUNK_ELEMENTS // dense[:, 0].numel(), 1)
+    for first in range(0, dense.shape[1], at_once):  # few passes, since outputs are large
+        rows = slice(first, first + at_once)
+        given = sparse[:, rows] if rho is None else per_row(rho[..., rows]) * sparse[:, rows]
+        lacked = dense[:, rows].float() - given
+        if scale is not None:
+            factor = scale[:, rows]
+            torch.linalg.vector_norm(lacked, torch.inf, -1, keepdim=True, out=factor)
+            factor.div_(torch.finfo(FP8).max).clamp_min_(torch.finfo(torch.float32).tiny)
+            lacked.div_(factor)
+        residual[:, rows] = lacked
+    return Correction(residual, rho, scale=scale)
 
 
 def add_residual(sparse: Tensor, correction: Correction) -> Tensor:
