@@ -1,5 +1,7 @@
 """Failures on the command line: one clear sentence on stderr and an exit code, no traceback."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +11,8 @@ import typer
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # These are raised on purpose with a sentence for the user; any other type is named beside its text.
-OWN_SENTENCES = (ValueError, TypeError, NotImplementedError, RuntimeError, OSError)
+OWN_SENTENCES = (ValueError, TypeError, NotImplementedError, RuntimeError, OSError, MemoryError)
+FULL_DISK = os.strerror(errno.ENOSPC)
 
 
 @contextmanager
@@ -40,12 +43,17 @@ def sentence(error: Exception) -> str:
             "out of memory. Use fewer --frames, a smaller --height and --width, "
             "--dtype bfloat16, or a GPU with more memory."
         )
+    if FULL_DISK in text:  # from Python or from a library of another language
+        return f"the disk is full ({text}). Free some space, or name another --out."
     if not isinstance(error, OWN_SENTENCES) or not text:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return text if text.endswith((".", ")", "?")) else f"{text}."
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    if type(error) is MemoryError and text:  # a limit of ours, with its own sentence
+        return False
     # By name: this file must not import torch, and the class moved between its releases.
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or "can't allocate memory" in str(error)
+    return named or "can't allocate memory" in text

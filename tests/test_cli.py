@@ -1,5 +1,6 @@
 """The command line: what works, and one clear sentence with an exit code for what cannot."""
 
+import errno
 import json
 import os
 import signal
@@ -164,6 +165,9 @@ def test_an_unsupported_pipeline_is_refused(tmp_path):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), 1, "fewer --frames"),
         (KeyboardInterrupt(), 130, "Interrupted"),
+        (MemoryError("max_cache_bytes allows 1 MiB: raise it"), 1, "allows 1 MiB: raise it"),
+        (MemoryError(), 1, "fewer --frames"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.mp4"), 1, "name another --out"),
         (RuntimeError("the kernel\nbroke"), 1, "the kernel broke"),
         (KeyError("x"), 1, "--debug"),
     ],
