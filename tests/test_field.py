@@ -475,6 +475,13 @@ def test_spans_are_the_best_of_all_combinations():
         assert spans[b].tolist() == list(best)
 
 
+def test_a_single_head_takes_no_span_above_its_budget():
+    errors = torch.tensor([0.3, 0.2, 0.1, 0.0]).view(4, 1, 1)
+    assert moa.cheapest_spans(errors, moa.SPANS, 8).tolist() == [[2]]
+    search = make_search(heads=1, batch=3)
+    assert MoA(density=0.5, block_size=BLOCK).find(search).mask.shape == (3, 1, 6, 6)
+
+
 def test_moa_keeps_its_budget_and_gives_more_to_heads_that_look_far():
     grid = VideoGrid(8, 8, 8)
     search = make_search(grid, batch=1, scale=0.0)  # both heads look everywhere
@@ -498,6 +505,9 @@ def test_shards_of_s2_are_evenly_spaced_and_all_heads_together_see_all(heads, bl
     mask = S2Attention(density=0.4, block_size=BLOCK).find(search).mask
     other = S2Attention(density=0.4, block_size=BLOCK).find(replace(search, layer=1)).mask
     assert mask.sum(-1).eq(8).all() and mask[0, 1].equal(other[0, 0])
+    grid = VideoGrid(5, 8, 16, text_tokens=64)  # 22 blocks, two of them text
+    mask = S2Attention(density=4 / 22, block_size=BLOCK).find(make_search(grid)).mask
+    assert mask[..., :20, :].sum(-1).eq(4).all()  # text comes before the shard
 
 
 # ---------------------------------------------------------------------------------------- scorers
@@ -598,6 +608,13 @@ def test_minference_tells_three_kinds_of_heads_apart():
     assert all(mask[1, i, i - 5] for i in range(5, 16))
     pooled, _ = score.pooled_logits(search, BLOCK)
     assert all(mask[2, i, pooled[0, 2, i].argmax()] for i in range(16))
+
+
+def test_the_first_keys_of_an_a_shape_count_beside_text():
+    grid = VideoGrid(5, 8, 16, text_tokens=64)
+    config = MInference(density=3 / 22, block_size=BLOCK)
+    (mask,) = config.static(make_search(grid), config.forced(make_search(grid)))
+    assert mask[0, 0, :20].sum(-1).eq(3).all()
 
 
 def test_mminference_finds_the_same_place_in_all_frames():

@@ -72,7 +72,7 @@ class MInference(SparseConfig):
         """Patterns that look at nothing, each (1, 1, N, N)."""
         place = torch.arange(len(forced), device=forced.device)
         near = -(place[:, None] - place).abs().float()
-        near[:, : max(1, round(len(forced) * self.density * COLUMNS))] = torch.inf  # the first keys
+        near[:, : max(1, round(len(forced) * self.density * COLUMNS))] = 1.0  # the first keys
         return [top_density_rows(near[None, None], self.density, forced)]
 
     def vertical_slash(self, mass: Tensor, row_blocks: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def cheapest_spans(errors: Tensor, sizes: tuple[int, ...], budget: int) -> Tenso
     for head in range(heads):
         options = least.new_full((len(sizes), batch, budget + 1), torch.inf)
         for i, size in enumerate(sizes):
-            options[i, :, size:] = least[:, : budget + 1 - size] + errors[i, :, head, None]
+            rest = max(budget + 1 - size, 0)
+            options[i, :, size:] = least[:, :rest] + errors[i, :, head, None]
         least, best = options.min(0)
         taken.append(best)
     spent = torch.full((batch, 1), budget)

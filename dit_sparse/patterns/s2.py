@@ -1,4 +1,4 @@
-"""S2-Attention: each head has a shard of the keys, all heads together have all (2407.17678).
+"""S2-Attention: each head has a shard of the keys, many heads together have all (2407.17678).
 
 From the paper's abstract: heads attend to different strided shards of the context and to what is
 near, their union covers the context, and some layers stay dense. The model is trained with it.
@@ -6,7 +6,7 @@ Departures, and where that is silent:
 
 - Nothing is trained.
 - Half of a row's blocks are the nearest, half are evenly spaced; each head's shard begins
-  elsewhere, and moves on with every layer.
+  elsewhere, and moves on with every layer. Heads x density / 2 below 1 leave keys to no shard.
 - `dense_layers` leaves leading layers dense; none by default.
 - Text, own and conditioning blocks are kept and count towards the density.
 """
@@ -42,7 +42,7 @@ class S2Attention(SparseConfig):
         of = search.heads, len(forced), self.density / 2, search.layer, forced.device
         shards = strided_shards(*of)[:, search.own_heads]
         near = nearness(search.grid, self.order, self.block_size).to(forced.device)
-        scores = near.masked_fill(shards.unsqueeze(-2), torch.inf)  # the shard, then the nearest
+        scores = near.masked_fill(shards.unsqueeze(-2), 1.0)  # the shard, then the nearest: below 0
         return Found(top_density_rows(scores, self.density, forced))
 
 
