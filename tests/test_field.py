@@ -36,6 +36,7 @@ from dit_sparse import (
     available_methods,
     sparse_attention,
 )
+from dit_sparse.config import CAPS
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.patterns import anchor, flexprefill, lychee, moa, s2, sampled, score, slashes
 from dit_sparse.patterns.radial import radial_mask
@@ -117,6 +118,19 @@ def test_no_more_is_kept_than_asked(method):
     config = FIELD[method](density=0.25, block_size=BLOCK)
     density = config.find(make_search(grid, batch=1)).mask.float().mean()
     assert density < 0.27 + 1 / grid.num_blocks(BLOCK)
+
+
+@pytest.mark.parametrize(
+    "method", ["anchorattention", "flexprefill", "rtpurbo", "sparge", "svg2", "xattention"]
+)
+def test_rules_without_a_bound_are_tuned_by_the_most_that_rows_keep(method):
+    tried = FIELD[method].swept
+    assert [options["density"] for options in tried] == list(CAPS)
+    assert all(options.keys() <= {"density", "step", "similarity", "least"} for options in tried)
+    grid = VideoGrid(8, 16, 16)
+    search = make_search(grid, batch=1, scale=0.1)  # spread: shares of it are large
+    kept = [FIELD[method](**options).find(search).mask.float().mean() for options in tried]
+    assert kept == sorted(kept) and kept[0] < 0.16 and kept[-1] > 2.5 * kept[0]
 
 
 @pytest.mark.parametrize("options", [{"share": 0}, {"share": 1.5}, {"share": "x"}])
@@ -337,6 +351,7 @@ def test_k_means_equals_lloyds_loop_and_mass_of_clusters_a_loop_over_tokens():
         pairs[i, j] = weights[a, b] / sizes[b]
     mass, cost = cluster_mass(search, BLOCK, (5, 7), 4)
     close(mass[0, 0], block_sums(pairs, BLOCK, BLOCK))
+    assert SparseVideoGen2().iterations == 2  # what the paper's later steps take
     by_hand = 4 * (5 + 7) * 63 * 16 + 5 * 7 * 16 + 2 * 5 * 7 + 2 * 2 * 7
     assert cost == by_hand / (2 * 63**2 * 16)
 

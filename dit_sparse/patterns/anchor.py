@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import SparseConfig, positive, whole
+from ..config import CAPS, SparseConfig, positive, whole
 from ..reference import block_pool
 from .score import CHUNK_ELEMENTS, Scores
 from .search import Found, Search
@@ -46,9 +46,7 @@ class AnchorAttention(SparseConfig):
 
     paper: ClassVar[str] = "AnchorAttention, arXiv 2505.23520"
     cost: ClassVar[str] = "density at most; a search + 1 / (2 block size) + block size / S"
-    swept: ClassVar[tuple[dict, ...]] = tuple(
-        {"theta": theta, "step": 4} for theta in (1.0, 2.0, 4.0, 8.0)
-    )
+    swept: ClassVar[tuple[dict, ...]] = tuple({"density": cap, "step": 2} for cap in CAPS)
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig, part, whole
+from ..config import CAPS, SparseConfig, part, whole
 from .sampled import mass_of_places, sampled_places
 from .score import pooled_map
 from .search import Found, Search
@@ -53,7 +53,7 @@ class FlexPrefill(SparseConfig):
     cost: ClassVar[str] = (
         "density at most; a search + representatives block / (2 S) + N^2 / (2 S^2)"
     )
-    swept: ClassVar[tuple[dict, ...]] = tuple({"share": s} for s in (0.3, 0.5, 0.7, 0.9))
+    swept: ClassVar[tuple[dict, ...]] = tuple({"density": cap} for cap in CAPS)
 
     def __post_init__(self):
         super().__post_init__()

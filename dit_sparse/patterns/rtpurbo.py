@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import SparseConfig, part, whole
+from ..config import CAPS, SparseConfig, part, whole
 from .score import Scores, mass_of_rows
 from .search import Found, Search
 from .select import most_kept, top_p_rows
@@ -40,7 +40,7 @@ class RTPurbo(SparseConfig):
 
     paper: ClassVar[str] = "RTPurbo, arXiv 2605.16928 (untrained; from its abstract)"
     cost: ClassVar[str] = "density at most; a search + dimensions / D + 2 D / S"
-    swept: ClassVar[tuple[dict, ...]] = tuple({"share": s} for s in (0.3, 0.5, 0.7, 0.9))
+    swept: ClassVar[tuple[dict, ...]] = tuple({"density": cap} for cap in CAPS)
 
     def __post_init__(self):
         super().__post_init__()

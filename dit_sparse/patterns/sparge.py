@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import SparseConfig, is_number, part
+from ..config import CAPS, SparseConfig, is_number, part
 from ..reference import block_pool
 from .score import pooled_logits
 from .search import Found, Search
@@ -48,12 +48,7 @@ class SpargeAttn(SparseConfig):
     paper: ClassVar[str] = "SpargeAttn, arXiv 2502.18137 (re-implemented)"
     cost: ClassVar[str] = "density, and blocks that are not alike; a search + N^2 / (2 S^2)"
     published: ClassVar[dict[str, dict]] = {"any model": {"density": 0.99, "own_block": False}}
-    swept: ClassVar[tuple[dict, ...]] = (
-        {"share": 0.98},
-        {"share": 0.9, "similarity": -0.1},
-        {"share": 0.7, "similarity": -0.1},
-        {"share": 0.4, "similarity": -0.1},
-    )
+    swept: ClassVar[tuple[dict, ...]] = tuple({"density": cap, "similarity": -0.1} for cap in CAPS)
 
     def __post_init__(self):
         super().__post_init__()

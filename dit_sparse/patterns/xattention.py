@@ -14,7 +14,7 @@ A re-implementation of the selection on our kernels. Departures, and where the p
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import SparseConfig, part
+from ..config import CAPS, SparseConfig, part
 from .score import antidiagonal
 from .search import Found, Search
 from .select import most_kept, top_p_rows
@@ -41,7 +41,7 @@ class XAttention(SparseConfig):
     paper: ClassVar[str] = "XAttention, arXiv 2503.16428 (re-implemented)"
     cost: ClassVar[str] = "density at most; a search + 1 / (2 stride)"
     published: ClassVar[dict[str, dict]] = {"HunyuanVideo": {"density": 0.99, "own_block": False}}
-    swept: ClassVar[tuple[dict, ...]] = tuple({"share": s} for s in (0.3, 0.5, 0.7, 0.9))
+    swept: ClassVar[tuple[dict, ...]] = tuple({"density": cap} for cap in CAPS)
 
     def __post_init__(self):
         super().__post_init__()
