@@ -218,6 +218,8 @@ def test_svg_tells_heads_of_space_from_heads_of_time():
         assert max(abs(i - j) for j in indices(mask[0, i])) <= abs(i - near[-1])
         assert all(halves[j] == halves[i] for j in indices(mask[1, i]))
         assert mask[:, i].sum(-1).eq(4).all()
+    published = SparseVideoGen.as_published("Wan"), SparseVideoGen.as_published("HunyuanVideo")
+    assert [config.first_frame for config in (SparseVideoGen(), *published)] == [False, True, False]
     first = spatial_and_temporal(grid, "raster", BLOCK, 0.25, True, True, CPU)
     assert all(mask[..., :2].all() for mask in first)
 
@@ -583,6 +585,7 @@ def test_sparsed_ranks_each_part_by_itself():
         best = sorted(range(20), key=lambda j: -mass[b, h, i, j])[:6]
         assert indices(found.mask[b, h, i]) == {*best, 20, 21}
     assert found.cost == 0.5
+    assert SparseD().block_size == 64 and SparseD.as_published("LLaDA").block_size == 128
 
 
 # --------------------------------------------------------------------------- columns and diagonals

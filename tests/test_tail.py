@@ -383,6 +383,15 @@ def test_sol_attn_keeps_what_is_near_the_best_mean(density):
     assert found.cost == 20**2 / (2 * 640**2)
 
 
+def test_the_density_of_sol_attn_bounds_rows_whose_best_means_are_four_nats_apart():
+    search = make_search(VideoGrid(5, 8, 16))
+    steps = torch.linspace(0, 12.5, 20).repeat_interleave(32)  # of the logits of blocks
+    search.query.zero_()[..., 0] = 4.0
+    search.key.zero_()[..., 0] = steps[:, None]
+    config = SolAttn(density=0.35, block_size=32, own_block=False)
+    assert config.find(search).mask.sum(-1).eq(7).all()
+
+
 def test_means_are_of_whole_blocks_but_for_auto():
     assert SolAttn(block_size=32).tail_tokens == 32 and SolAttn().tail_share == 1 / 64
     assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 32

@@ -35,7 +35,7 @@ class SparseVideoGen(SparseConfig):
 
     Args:
         rows: query rows that are sampled.
-        first_frame: every row also keeps the first frame.
+        first_frame: every row also keeps the first frame, as the authors do on Wan.
     """
 
     density: float = 0.3
@@ -43,18 +43,17 @@ class SparseVideoGen(SparseConfig):
     every_step: bool = True
     order: str = "raster"
     rows: int = 64
-    first_frame: bool = True
+    first_frame: bool = False
 
     paper: ClassVar[str] = "Sparse VideoGen, arXiv 2502.01776 (re-implemented)"
     cost: ClassVar[str] = "density; a search + 2 rows / S"
     published: ClassVar[dict[str, dict]] = {
-        "Wan": {"dense_layers": 1, "block_size": 128},
+        "Wan": {"dense_layers": 1, "block_size": 128, "first_frame": True},
         "HunyuanVideo": {
             "density": 0.25,
             "search_at": (0.1,),
             "dense_layers": 2,
             "block_size": 128,
-            "first_frame": False,
         },
     }
 
