@@ -11,7 +11,8 @@ Departures, and where the paper is silent:
   levels: what is attended to already would be counted twice (`dit_sparse/tail.py`).
 - A level has `fan_out` parts, 4 by default for our larger blocks; the paper has 16 tokens of 16.
 - Rows are the means of their own block at every level; the paper's are those of the level.
-- K follows from the density. Text, own and conditioning blocks are kept and count towards it.
+- K follows from the density. Text keys, own and conditioning blocks are kept and count towards it;
+  rows of text choose as the others do, since means tell them the rest.
 """
 
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class LLSA(SparseConfig):
     paper: ClassVar[str] = "LLSA, arXiv 2512.16615 (untrained)"
     cost: ClassVar[str] = "density + 1 / block size (the tail); a search + N^2 / S^2 at most"
     tail: ClassVar[bool] = True
+    text_queries: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

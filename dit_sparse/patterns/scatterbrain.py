@@ -9,7 +9,8 @@ Departures, and where that is silent:
   (`dit_sparse/tail.py`): the same subtraction, less noise than random features.
 - A block's score is the number of pairs that fall into one bucket, over some rounds of hashing with
   the signs of random projections; queries and keys are centred first. Same hashes in every run.
-- Text, own and conditioning blocks are kept and count towards the density.
+- Text keys, own and conditioning blocks are kept and count towards the density; rows of text choose
+  as the others do, since means tell them the rest.
 """
 
 from dataclasses import dataclass
@@ -35,14 +36,15 @@ class Scatterbrain(SparseConfig):
     """
 
     density: float = 0.1
-    bits: int = 6
-    rounds: int = 4
+    bits: int = 8
+    rounds: int = 8
 
     paper: ClassVar[str] = "Scatterbrain, arXiv 2110.15343 (from a summary)"
     cost: ClassVar[str] = (
         "density + 1 / block size (the tail); a search + rounds (bits / S + 2^bits N^2 / (2 S^2 D))"
     )
     tail: ClassVar[bool] = True
+    text_queries: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
