@@ -167,6 +167,7 @@ def test_shares_lie_between_0_and_1(options):
         (LycheeDecode, {"searching": 2}, "searching is a share"),
         (FlexPrefill, {"tau": 0}, "tau is a share"),
         (Scatterbrain, {"bits": 0}, "bits is a whole number"),
+        (Scatterbrain, {"bits": 40}, "bits is at most 12, got 40: take more rounds"),
         (RTPurbo, {"dimensions": 0}, "dimensions is a whole number"),
     ],
 )

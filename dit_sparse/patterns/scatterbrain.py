@@ -25,13 +25,15 @@ from .search import Found, Search
 from .select import top_density_rows
 from .svg2 import tokens_in_both
 
+MAX_BITS = 12  # every block counts the tokens in each of 2^bits buckets
+
 
 @dataclass(frozen=True)
 class Scatterbrain(SparseConfig):
     """Blocks whose tokens fall into the same hash buckets; means of the other blocks.
 
     Args:
-        bits: of a hash.
+        bits: of a hash, at most 12.
         rounds: of hashing.
     """
 
@@ -49,6 +51,8 @@ class Scatterbrain(SparseConfig):
     def __post_init__(self):
         super().__post_init__()
         whole("bits", self.bits, 1)
+        if self.bits > MAX_BITS:
+            raise ValueError(f"bits is at most {MAX_BITS}, got {self.bits}: take more rounds")
         whole("rounds", self.rounds, 1)
 
     def find(self, search: Search) -> Found:
