@@ -273,6 +273,18 @@ def test_adaspa_sampled_needs_no_dense_step_and_keeps_no_log_sum_exp():
     assert masks == 2 * 10 * 2 == AdaSpa().cache_bytes((1, 640, 2, 16), 4) - 4 * 640 * 2
 
 
+@pytest.mark.parametrize("method", [DraftAttention, DFSAttn])
+def test_blocks_are_as_published_and_smaller_where_small_videos_are_tuned(method):
+    assert method().block_size == 128
+    assert [options["block_size"] for options in method.swept] == [64] * 4
+    masks = [
+        method(**options).find(make_search(VideoGrid(5, 16, 16), step=40, num_steps=50)).mask
+        for options in method.swept
+    ]
+    kept = [mask.float().mean() for mask in masks]
+    assert masks[0].shape[-1] == 20 and kept == sorted(set(kept))
+
+
 def test_dfsattn_counts_down():
     at = [DFSAttn().density_at(step, 50) for step in (12, 24, 36)]
     assert at == pytest.approx([0.3, 0.2, 0.1])

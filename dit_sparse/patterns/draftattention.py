@@ -53,6 +53,10 @@ class DraftAttention(SparseConfig):
         }
         for model, density, dense_layers in (("HunyuanVideo", 0.1, 2), ("Wan", 0.25, 1))
     }
+    # 8 x 16 tokens are a thirtieth of the paper's frames and half of one that benchmarks make
+    swept: ClassVar[tuple[dict, ...]] = tuple(
+        {"density": density, "block_size": 64} for density in (0.05, 0.1, 0.2, 0.35)
+    )
 
     def __post_init__(self):
         super().__post_init__()
