@@ -38,7 +38,17 @@ from dit_sparse import (
 )
 from dit_sparse.config import CAPS
 from dit_sparse.dense import dense_attention_with_lse
-from dit_sparse.patterns import anchor, flexprefill, lychee, moa, s2, sampled, score, slashes
+from dit_sparse.patterns import (
+    anchor,
+    flexprefill,
+    lychee,
+    moa,
+    s2,
+    sampled,
+    score,
+    select,
+    slashes,
+)
 from dit_sparse.patterns.radial import radial_mask
 from dit_sparse.patterns.rtpurbo import principal_mass
 from dit_sparse.patterns.scatterbrain import buckets, collisions
@@ -596,6 +606,17 @@ def test_sparsed_ranks_each_part_by_itself():
         assert indices(found.mask[b, h, i]) == {*best, 20, 21}
     assert found.cost == 0.5
     assert SparseD().block_size == 64 and SparseD.as_published("LLaDA").block_size == 128
+
+
+def test_sparsed_asks_for_no_rows_of_parts_that_a_video_has_not(monkeypatch):
+    def top_k_rows(scores, *how):
+        assert scores.shape[-1] > 0, "a kernel cannot launch for rows without blocks"
+        return whole(scores, *how)
+
+    whole = select.top_k_rows
+    monkeypatch.setattr(select, "top_k_rows", top_k_rows)
+    mask = SparseD(density=0.3, block_size=BLOCK, own_block=False).find(make_search()).mask
+    assert mask.sum(-1).eq(2).all()  # of 6 blocks, all of them generated
 
 
 # --------------------------------------------------------------------------- columns and diagonals

@@ -92,6 +92,8 @@ def quota_rows(scores: Tensor, kept: Tensor, segments: Tensor, forced: Tensor) -
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for segment in range(kept.shape[-1]):
         blocks = (segments == segment).nonzero().flatten()
+        if len(blocks) == 0:  # a video without text has no such segment, and a kernel no such row
+            continue
         quota = kept[..., segment].clamp(max=len(blocks))
         mask[..., blocks] = top_k_rows(scores[..., blocks], quota, forced[:, blocks])
     return mask
