@@ -7,8 +7,9 @@ Every method sweeps as many settings on tuning prompts, warm-up x density (or wh
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
 budget its best setting is run on other prompts and scored. Published settings are run as they are
 (hollow points). Resumable: a method that is in the file with the same grid is left out, and what it
-has of another grid is replaced. All prompts and seeds of a setting go in one batch. With
-`accelerate launch --multi_gpu --num_processes N` before it the processes share the methods.
+has of another grid, or of settings that it is no longer tuned over, is replaced. All prompts and
+seeds of a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N` before it
+the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
@@ -57,6 +58,7 @@ SEARCHES = 1, 3, 4, 5
 SPACINGS = (1.5,)  # ever further apart; 1 is evenly
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
+TUNED_BY_RUNS = "sparse-vdit", "seerattention"  # their settings name files that runs make
 BASELINE = "adaspa"
 RESAMPLES = 10_000
 DENSE = AdaSpa(density=1.0)
@@ -308,6 +310,15 @@ def settings(runner, method, cls, grid):
                 yield cls(**options, search_at=at, every_step=False)
             if cls.every_step:  # a method that looks at every step by itself may do so
                 yield cls(**options, search_at=(warm_up,), every_step=True)
+
+
+def is_current(record, grid):
+    """Whether it comes from this grid and from settings that the method is tuned over today."""
+    if record["grid"] != grid or "budgets" not in record or record["method"] in TUNED_BY_RUNS:
+        return record["grid"] == grid
+    method = record["method"]
+    tried = settings(None, method, method_class(method), grid)
+    return json.dumps(record["config"]) in {json.dumps(config.to_dict()) for config in tried}
 
 
 def schedule(first, searches, spacing=1.0):
@@ -609,7 +620,10 @@ def main(arguments=None):
         own = {"settings": fixed, "records": [], "lines": {}}
         path = args.out.with_name(f"{args.out.stem}-process-{processes.number}.json")
     methods, failed = args.method or list(available_methods()), []
-    done = {key(record) for record in result["records"] if record["grid"] == grid}
+    stale = [r for r in result["records"] if r["grid"] != grid]
+    if not args.settings_of:
+        stale = [r for r in result["records"] if not is_current(r, grid)]
+    done = {key(r) for r in result["records"]} - {key(r) for r in stale}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         place = runner.name, runner.size

@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
 
 import pareto  # noqa: E402
 
+from dit_sparse.patterns import method_class  # noqa: E402
+
 FIELDS = {"pipeline", "size", "method", "effective_cost", "effective_time", "density", "psnr"}
 FIELDS |= {"ssim", "kept_mass", "prompts", "seeds"}
 
@@ -142,3 +144,17 @@ def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
     pareto.main([*arguments(second, "window", "random"), *claims])
     found = [json.loads(path.read_text())["records"] for path in (first, second)]
     assert [{r["method"] for r in records} for records in found] == [{"window"}, {"random"}]
+
+
+def test_a_method_that_is_tuned_over_other_settings_now_runs_again(tmp_path, monkeypatch):
+    out = tmp_path / "pareto.json"
+    pareto.main(arguments(out, "window", "random"))
+    monkeypatch.setattr(method_class("window"), "swept", ({"density": 0.3},))
+    ran = []
+    real = pareto.run_method
+    monkeypatch.setattr(pareto, "run_method", lambda *a: (ran.append(a[1]), real(*a))[1])
+    for _ in range(2):
+        pareto.main(arguments(out, "window", "random"))
+    assert ran == ["window"]
+    found = json.loads(out.read_text())["records"]
+    assert {r["config"]["density"] for r in found if r["method"] == "window"} == {0.3}
