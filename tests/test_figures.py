@@ -109,6 +109,20 @@ def test_larger_videos():
     assert rows == len(told)
 
 
+def test_step_caches():
+    told = table("docs/performance.md", "with a step cache")
+    records = result("caches_cpu_wan_tiny")["records"][1:]  # after dense without a cache
+    assert len(told) == len(records)
+    for cells, r in zip(told.values(), records):
+        values = r["effective_cost"], r["speedup"], r["psnr"]
+        if r["method"] != "dense" and r["cache"]:
+            product = r["product"]["effective_cost"], r["product"]["speedup"]
+            values = values[0], product[0], values[1], product[1], values[2]
+        assert are([cell for cell in cells if cell], *values)
+    names = [f"{r['method'].split(':')[0]}, {r['cache'] or 'none'}" for r in records]
+    assert all(row.startswith(name) for row, name in zip(told, names))
+
+
 def test_time_of_auto_on_the_small_pipelines():
     auto = [r for r in result("pareto")["records"] if r["method"] == "auto"]
     timed = [r for r in auto if r["effective_time"] is not None]
