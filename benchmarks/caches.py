@@ -26,6 +26,7 @@ from environment import environment  # noqa: E402
 from pareto import (  # noqa: E402
     DENSE,
     Runner,
+    config_of,
     load_results,
     other_prompts,
     parser_of_runs,
@@ -33,12 +34,10 @@ from pareto import (  # noqa: E402
 )
 
 from dit_sparse import enable_sparse_attention  # noqa: E402
-from dit_sparse.api import make_config  # noqa: E402
 from dit_sparse.method_spec import parse_method  # noqa: E402
 
 THRESHOLDS = 0.05, 0.1, 0.2
-SPARSE = "dense_if_faster=False"  # videos this small stand for larger ones
-METHODS = f"auto:{SPARSE}", f"auto:target=speed,{SPARSE}", "adaspa"
+METHODS = "auto", "auto:target=speed", "adaspa"
 
 
 def mag_options(runner):
@@ -120,7 +119,7 @@ def main(arguments=None):
     result = load_results(args, fixed)
     result |= {"question": __doc__.split("\n")[0], "environment": environment(args.commit)}
     specs = [parse_method(text) for text in args.method or METHODS]
-    methods = {"dense": DENSE} | {s.text: make_config(s.name, s.options)[0] for s in specs}
+    methods = {"dense": DENSE} | {s.text: config_of(s) for s in specs}
     for source in args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner, records = Runner(args, source.name, source), []
         with torch.no_grad():

@@ -45,7 +45,9 @@ from prompt_check import accuracy, load_checker, make_test_prompts, predict  # n
 from velocity import DenseTrajectory  # noqa: E402
 
 from dit_sparse import AdaSpa, available_methods, enable_sparse_attention  # noqa: E402
+from dit_sparse.api import make_config  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
+from dit_sparse.config import DENSITIES  # noqa: E402
 from dit_sparse.distil import Distillation, distil  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
 from dit_sparse.patterns import method_class  # noqa: E402
@@ -53,7 +55,7 @@ from dit_sparse.processes import Processes  # noqa: E402
 from dit_sparse.step import LayerAttention  # noqa: E402
 
 TUNING_SEED, TEST_SEED = 31, 11  # of the prompts
-WARM_UPS, DENSITIES = (0.0, 0.08, 0.12, 0.16, 0.24), (0.05, 0.1, 0.2, 0.35)
+WARM_UPS = (0.0, 0.08, 0.12, 0.16, 0.24)
 SEARCHES = 1, 3, 4, 5
 SPACINGS = (1.5,)  # ever further apart; 1 is evenly
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
@@ -62,6 +64,8 @@ TUNED_BY_RUNS = "sparse-vdit", "seerattention"  # their settings name files that
 BASELINE = "adaspa"
 RESAMPLES = 10_000
 DENSE = AdaSpa(density=1.0)
+# Videos this small stand for larger ones: `auto` would rather run them dense on a GPU.
+RUNS_SPARSE = {"auto": {"dense_if_faster": False}}
 MOST_TIME = 1.5  # that is drawn, of dense attention's
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
 
@@ -290,6 +294,11 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def config_of(spec):
+    """Of a method as typed on the command line."""
+    return make_config(spec.name, RUNS_SPARSE.get(spec.name, {}) | spec.options)[0]
+
+
 def settings(runner, method, cls, grid):
     """The configs that a method is tuned over."""
     if method == "sparse-vdit":
@@ -297,8 +306,7 @@ def settings(runner, method, cls, grid):
             for epsilon in grid["epsilons"]:
                 yield from mode_table_configs(runner, cls, density, epsilon, grid["warm_ups"])
         return
-    # videos this small stand for larger ones: `auto` would rather run them dense on a GPU
-    also = {"dense_if_faster": False} if method == "auto" else {}
+    also = dict(RUNS_SPARSE.get(method, {}))
     if method == "seerattention":
         also["gate"] = str(gates(runner))
     # where a density only caps, or goes with another option, as many values of that are swept
@@ -312,13 +320,19 @@ def settings(runner, method, cls, grid):
                 yield cls(**options, search_at=(warm_up,), every_step=True)
 
 
-def is_current(record, grid):
-    """Whether it comes from this grid and from settings that the method is tuned over today."""
-    if record["grid"] != grid or "budgets" not in record or record["method"] in TUNED_BY_RUNS:
-        return record["grid"] == grid
-    method = record["method"]
-    tried = settings(None, method, method_class(method), grid)
-    return json.dumps(record["config"]) in {json.dumps(config.to_dict()) for config in tried}
+def stale(records, grid, tuned):
+    """Those of another grid and, if `tuned`, of settings no longer among their method's."""
+    tried = {}
+    for record in records:
+        method = record["method"]
+        if record["grid"] != grid:
+            yield record
+        elif tuned and "budgets" in record and method not in TUNED_BY_RUNS:
+            if method not in tried:
+                configs = settings(None, method, method_class(method), grid)
+                tried[method] = {json.dumps(config.to_dict()) for config in configs}
+            if json.dumps(record["config"]) not in tried[method]:
+                yield record
 
 
 def schedule(first, searches, spacing=1.0):
@@ -620,10 +634,8 @@ def main(arguments=None):
         own = {"settings": fixed, "records": [], "lines": {}}
         path = args.out.with_name(f"{args.out.stem}-process-{processes.number}.json")
     methods, failed = args.method or list(available_methods()), []
-    stale = [r for r in result["records"] if r["grid"] != grid]
-    if not args.settings_of:
-        stale = [r for r in result["records"] if not is_current(r, grid)]
-    done = {key(r) for r in result["records"]} - {key(r) for r in stale}
+    again = stale(result["records"], grid, tuned=not args.settings_of)
+    done = {key(record) for record in result["records"]} - {key(record) for record in again}
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         place = runner.name, runner.size

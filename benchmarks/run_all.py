@@ -108,8 +108,9 @@ def sweeps(pipeline: str) -> list[Task]:
     ablation = f"ablation_auto_{pipeline}.json"
     command = f"benchmarks/ablation_auto.py --pipeline samples/{pipeline} --target balanced"
     tasks.append(Task(f"ablation {pipeline}", f"{command} --out {{out}}/{ablation}"))
-    command = sharing("caches.py", pipeline, 1) + f" --out {{out}}/caches_{pipeline}.json"
-    tasks.append(Task(f"caches {pipeline}", command))
+    caches = f"caches_{pipeline}.json"
+    command = sharing("caches.py", pipeline, 1) + f" --out {{out}}/{caches}"
+    tasks.append(Task(f"caches {pipeline}", command, caches))
     return [*tasks, field(pipeline, 1)]
 
 

@@ -18,22 +18,19 @@ from pareto import (  # noqa: E402
     DENSE,
     TUNING_SEED,
     Runner,
+    config_of,
     load_results,
     other_prompts,
     parser_of_runs,
     save,
 )
 
-from dit_sparse.api import make_config  # noqa: E402
 from dit_sparse.method_spec import parse_method  # noqa: E402
 
 
 def trial(runner, spec):
     """One record: cost, and videos against dense ones."""
-    # videos this small stand for larger ones: `auto` would rather run them dense on a GPU
-    also = {"dense_if_faster": False} if spec.name == "auto" else {}
-    config, _ = make_config(spec.name, also | spec.options)
-    with runner.enabled(config) as handle:
+    with runner.enabled(config_of(spec)) as handle:
         frames = runner.frames(runner.test)
         cost = handle.report().effective_cost
     return {"method": spec.text, "effective_cost": cost} | runner.compare(frames)

@@ -20,7 +20,8 @@ PRECISIONS = ("full", "int8", "fp8")
 CACHE_DEVICES = ("model", "cpu")
 SHARES = ("mask", "all", None)
 DEFAULT_ORDER = "curve"
-CAPS = (0.1, 0.2, 0.35, 0.5)  # densities that benchmarks try where a row may keep less
+DENSITIES = (0.05, 0.1, 0.2, 0.35)  # that benchmarks try
+CAPS = (0.1, 0.2, 0.35, 0.5)  # the same where a row may keep less
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from ..config import SparseConfig
+from ..config import DENSITIES, SparseConfig
 from ..schedule import search_steps
 from .score import pooled_sums
 from .search import Found, Search
@@ -37,7 +37,7 @@ class DFSAttn(SparseConfig):
     cost: ClassVar[str] = "3, 2, 1 times density; a search + 1 / 512"
     # the videos of benchmarks are of few tokens: 34 blocks of 128
     swept: ClassVar[tuple[dict, ...]] = tuple(
-        {"density": density, "block_size": 64} for density in (0.05, 0.1, 0.2, 0.35)
+        {"density": density, "block_size": 64} for density in DENSITIES
     )
 
     def find(self, search: Search) -> Found:

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from ..config import SparseConfig, whole
+from ..config import DENSITIES, SparseConfig, whole
 from .score import pooled_map
 from .search import Found, Search
 from .select import blocks_of, top_k_map
@@ -55,7 +55,7 @@ class DraftAttention(SparseConfig):
     }
     # 8 x 16 tokens are a thirtieth of the paper's frames and half of one that benchmarks make
     swept: ClassVar[tuple[dict, ...]] = tuple(
-        {"density": density, "block_size": 64} for density in (0.05, 0.1, 0.2, 0.35)
+        {"density": density, "block_size": 64} for density in DENSITIES
     )
 
     def __post_init__(self):
