@@ -172,6 +172,18 @@ def test_damping_and_flicker():
             assert are(re.findall(NUMBER, cell), found["psnr"], found["flicker"])
 
 
+def test_more_damping_on_test_prompts():
+    place = "cogvideox_tiny", "auto"
+    more, as_is = (
+        best_of_budgets(name)[place] for name in ("damping_half_cogvideox_tiny", "pareto")
+    )
+    gains = [round(more[b]["psnr"] - as_is[b]["psnr"], 1) for b in (0.2, 0.3, 0.4, 0.6)]
+    assert gains[0] == 1.1 and abs(gains[1]) <= 0.1 and gains[2:] == [-1.3, -0.3]
+    flicker = [round(of[b]["flicker"], 2) for of in (more, as_is) for b in (0.4, 0.6)]
+    told = "is {:.2f} and {:.2f} in place of {:.2f} and {:.2f}".format(*flicker)
+    assert told in text("docs/log.md")
+
+
 def test_what_guidance_shares():
     """At equal schedules; a residual that follows changes is refreshed every second time."""
     records = [r for r in result("schedules_h200")["records"] if r["trial"] == 2]
