@@ -6,10 +6,10 @@
 Every method sweeps as many settings on tuning prompts, warm-up x density (or what its class lists
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
 budget its best setting is run on other prompts and scored. Published settings are run as they are
-(hollow points). Resumable: a method that is in the file with the same grid is left out, and what it
-has of another grid, or of settings that it is no longer tuned over, is replaced. All prompts and
-seeds of a setting go in one batch. With `accelerate launch --multi_gpu --num_processes N` before it
-the processes share the methods.
+(hollow points). Resumable: a method that is in the file with the same grid is left out, what it has
+of another grid, or of settings that it is no longer tuned over, is replaced, and a killed run's
+tuning lies beside the results and goes on. All prompts and seeds of a setting go in one batch. With
+`accelerate launch --multi_gpu --num_processes N` before it the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
@@ -371,9 +371,31 @@ def chosen(tuned, budgets):
 def tuned_settings(runner, method, budgets, grid):
     """(budgets, config) of what is best within each on the tuning prompts."""
     cls = method_class(method)
-    tuned = [runner.tune(config) for config in settings(runner, method, cls, grid)]
-    for of_budgets, setting in chosen(tuned, budgets):
+    tuned = tune_all(runner, tuned_file(runner, method), settings(runner, method, cls, grid))
+    for of_budgets, setting in chosen(list(tuned), budgets):
         yield of_budgets, cls(**setting["config"])
+
+
+def tuned_file(runner, method):
+    """What a method's tuning has found, until its records are written."""
+    return runner.args.out.parent / f"tuned-{runner.name}-{runner.size}-{method}.jsonl"
+
+
+def tune_all(runner, path, configs):
+    """Every setting on the tuning prompts, less what a killed run left in `path`."""
+    under = {k: getattr(runner.args, k) for k in ("tuning_prompts", "steps", "dtype")}
+    whole = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
+    found = [line for line in map(json.loads, whole) if line["under"] == under]
+    found = {json.dumps(line["config"]): line for line in found}
+    with path.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in found.values())
+        for config in configs:
+            key = json.dumps(config.to_dict())
+            if key not in found:
+                found[key] = runner.tune(config) | {"under": under}
+                file.write(json.dumps(found[key]) + "\n")
+                file.flush()
+            yield found[key]
 
 
 def given_settings(path, runner, method):
@@ -394,6 +416,7 @@ def run_method(runner, method, budgets, grid):
     for options in published.values():
         records.append(runner.score(method, cls(**options), published=True, grid=grid))
         say(records[-1])
+    tuned_file(runner, method).unlink(missing_ok=True)
     return records
 
 

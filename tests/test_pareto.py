@@ -158,3 +158,24 @@ def test_a_method_that_is_tuned_over_other_settings_now_runs_again(tmp_path, mon
     assert ran == ["window"]
     found = json.loads(out.read_text())["records"]
     assert {r["config"]["density"] for r in found if r["method"] == "window"} == {0.3}
+
+
+def test_the_tuning_of_a_killed_run_goes_on(tmp_path, monkeypatch):
+    out = tmp_path / "pareto.json"
+    wider = [*arguments(out, "window"), "--densities", "0.2", "0.5"]
+    tuned, real = [], pareto.Runner.tune
+
+    def tune(runner, config):
+        tuned.append(config.density)
+        if tuned == [0.2, 0.5]:
+            raise KeyboardInterrupt
+        return real(runner, config)
+
+    monkeypatch.setattr(pareto.Runner, "tune", tune)
+    with pytest.raises(KeyboardInterrupt):
+        pareto.main(wider)
+    (left,) = tmp_path.glob("tuned-*-window.jsonl")
+    left.write_text(left.read_text() + '{"config": {"dens')  # what a kill in the middle leaves
+    pareto.main(wider)
+    assert tuned == [0.2, 0.5, 0.5]
+    assert not left.exists() and json.loads(out.read_text())["records"]
