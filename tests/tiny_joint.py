@@ -93,7 +93,9 @@ def mochi():
         text_embed_dim=16,
         time_embed_dim=8,
     )
-    torch.nn.init.normal_(transformer.pos_frequencies)  # made as 0, which turns no token
+    for name, weight in transformer.named_parameters():  # made as 0, which turns no token, and 1
+        if name == "pos_frequencies" or ".norm_" in name:
+            torch.nn.init.normal_(weight)
     return transformer.eval()
 
 
