@@ -64,8 +64,8 @@ def enable_sparse_attention(
             rule of your own, such as "my_rule.py".
         measure: also measure the kept softmax mass at every sparse step (a few percent slower).
         num_steps: denoising steps in all; only needed for a bare transformer.
-        keep_padding: keep the padded text of HunyuanVideo, masked as in the stock pipeline. It is
-            dropped by default: the same in mathematics, not in bits, and faster.
+        keep_padding: keep the padded text of HunyuanVideo and Mochi, masked as in the stock
+            pipeline. It is dropped by default: the same in mathematics, not in bits, and faster.
         options: fields of the method's config, such as `density=0.3`, or with "auto" a `target`:
             "fidelity", "balanced" or "speed".
 

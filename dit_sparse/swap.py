@@ -27,13 +27,20 @@ class Swap:
         before = self.module.processor
         self.ours.before = before
         self.ours._attention_backend = getattr(before, "_attention_backend", None)
-        self.module.set_processor(self.ours)
+        _set_processor(self.module, self.ours)
 
     def take_off(self) -> None:
         if self.is_on:
             if hasattr(self.ours.before, "_attention_backend"):
                 self.ours.before._attention_backend = self.ours._attention_backend
-            self.module.set_processor(self.ours.before)
+            _set_processor(self.module, self.ours.before)
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's attention keeps it as an attribute alone
+        module.processor = processor
 
 
 def keep_through_fusion(transformer: Any, swaps: list[Swap]) -> Callable[[], None]:

@@ -106,11 +106,21 @@ def families() -> tuple[Family, ...]:
     from .cogvideox import COGVIDEOX
     from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
     from .ltx_video import LTX_VIDEO
+    from .mochi import MOCHI
     from .skyreels_v2 import SKYREELS_V2
     from .wan import WAN
     from .wan_animate import WAN_ANIMATE
 
-    return WAN, WAN_ANIMATE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX, LTX_VIDEO, SKYREELS_V2
+    return (
+        WAN,
+        WAN_ANIMATE,
+        HUNYUAN_VIDEO,
+        HUNYUAN_VIDEO_15,
+        COGVIDEOX,
+        LTX_VIDEO,
+        MOCHI,
+        SKYREELS_V2,
+    )
 
 
 def family_of(transformer: nn.Module) -> Family | None:

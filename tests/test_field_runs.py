@@ -36,7 +36,7 @@ def pipeline(family):
     return make(), call(1, False)
 
 
-@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "CogVideoX", "Mochi"])
 @pytest.mark.parametrize("method", FIELD)
 @torch.no_grad()
 def test_methods_run_on_all_families(method, family):

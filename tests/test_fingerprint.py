@@ -105,7 +105,7 @@ def test_profile_of_wan_is_saved_read_and_leaves_the_pipeline(tmp_path):
     assert leftovers(pipe.transformer) == ([], set()) and generate(pipe).equal(before)
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "Mochi"])
 def test_profile_of_joint_families(name):
     make, arguments = PIPELINES[name]
     pipe, call = make(), arguments(1, False)

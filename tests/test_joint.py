@@ -1,9 +1,9 @@
-"""HunyuanVideo and CogVideoX transformers on random weights: exactness, text, undo."""
+"""HunyuanVideo, CogVideoX and Mochi transformers on random weights: exactness, text, undo."""
 
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15
+from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15, mochi
 
 from dit_sparse import (
     UnsupportedPipelineError,
@@ -52,6 +52,16 @@ def cogvideox_call(frames=4, grid_frames=4, channels=4):
     }
 
 
+def mochi_call(valid=(12, 12)):
+    batch = len(valid)
+    return {
+        "hidden_states": torch.randn(batch, 12, 4, 12, 14),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, 20, 16),
+        "encoder_attention_mask": torch.arange(20) < torch.tensor(valid)[:, None],
+    }
+
+
 CASES = {
     "hunyuan": (hunyuan, hunyuan_call),
     "hunyuan, unequal texts": (hunyuan, lambda: hunyuan_call((12, 5))),
@@ -66,6 +76,9 @@ CASES = {
     "hunyuan 1.5, image": (hunyuan_15, lambda: hunyuan_15_call(image=True)),
     "cogvideox": (cogvideox, cogvideox_call),
     "cogvideox 1.5": (cogvideox_15, lambda: cogvideox_call(frames=8)),
+    "mochi": (mochi, mochi_call),
+    "mochi, unequal texts": (mochi, lambda: mochi_call((12, 5, 0))),
+    "mochi, full text": (mochi, lambda: mochi_call((20, 20))),
 }
 
 
@@ -144,11 +157,18 @@ def test_padding_does_not_reach_the_video():
     assert (run(transformer, call) - first).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("make", [hunyuan, hunyuan_15])
-def test_unequal_texts_get_what_each_gets_alone(make):
+UNEQUAL = {
+    "hunyuan": (hunyuan, lambda: hunyuan_call((12, 5))),
+    "hunyuan 1.5": (hunyuan_15, lambda: hunyuan_15_call((9, 4), (3, 1))),
+    "mochi": (mochi, lambda: mochi_call((12, 5))),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_texts_get_what_each_gets_alone(name):
     """Sparse, with a mask of its own for each sample."""
-    transformer = make()
-    call = hunyuan_call((12, 5)) if make is hunyuan else hunyuan_15_call((9, 4), (3, 1))
+    make, call = UNEQUAL[name]
+    transformer, call = make(), call()
     single = {name: [value[i : i + 1] for i in range(2)] for name, value in call.items()}
     handle = enable_sparse_attention(
         transformer, "adaspa", search_at=(0.0, 0.5), **SPARSE | {"num_steps": 2}

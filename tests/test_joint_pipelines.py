@@ -1,4 +1,4 @@
-"""Every pipeline of HunyuanVideo and CogVideoX end to end on random weights."""
+"""Every pipeline of HunyuanVideo, CogVideoX and Mochi end to end on random weights."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def build(name, batch=1, guided=True):
 
 
 def expected_branches(name, guided):
-    if "CogVideoX" in name:
+    if name == "Mochi" or "CogVideoX" in name:
         return {"cond_uncond"}
     names = ("call_0", "call_1")
     if name in TWO_CALLS:
@@ -42,7 +42,7 @@ def expected_branches(name, guided):
 
 
 def test_the_cases_are_all_that_we_claim():
-    families = ("HunyuanVideo", "HunyuanVideo-1.5", "CogVideoX")
+    families = ("HunyuanVideo", "HunyuanVideo-1.5", "CogVideoX", "Mochi")
     claimed = {pipeline for name in families for pipeline in supported_pipelines()[name]}
     assert {type(build(name)[0]).__name__ for name in PIPELINES} == claimed
 

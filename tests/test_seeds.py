@@ -306,7 +306,7 @@ def test_published_settings_build_and_others_are_refused():
 METHODS = ("draftattention", "rettention", "dfsattn")
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "Mochi"])
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_methods_run_on_joint_families(name, method):

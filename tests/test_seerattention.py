@@ -64,7 +64,7 @@ def test_a_gate_learns_the_block_mass():
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "CogVideoX", "Mochi"])
 @torch.no_grad()
 def test_gates_are_distilled_and_used_on_all_families(family, tmp_path):
     pipe, call = pipeline(family)

@@ -89,7 +89,7 @@ def test_inference_repeats_what_the_search_passed_on(tmp_path):
     generate(pipe, steps=4)  # takes the rows at its share of the steps
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "Mochi"])
 @torch.no_grad()
 def test_joint_families(name, tmp_path):
     make, call = PIPELINES[name]

@@ -456,7 +456,7 @@ def test_residuals_fill_the_memory_that_is_allowed():
 
 
 @pytest.mark.parametrize("method", [Auto(), Auto(residual=None), SolAttn()])
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX"])
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "Mochi"])
 @torch.no_grad()
 def test_methods_with_a_tail_run_on_joint_families(name, method):
     make, call = PIPELINES[name]

@@ -18,7 +18,7 @@ BLOCKS = {"block_size": 32, "search_at": (0.2,)}
 
 def families():
     yield "Wan", tiny_wan, CALL | {"prompt": "a cat"}
-    for name in ("HunyuanVideo", "CogVideoX"):
+    for name in ("HunyuanVideo", "CogVideoX", "Mochi"):
         make, call = PIPELINES[name]
         yield name, make, call(1, True)
 

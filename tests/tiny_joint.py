@@ -1,4 +1,4 @@
-"""Tiny HunyuanVideo and CogVideoX transformers and pipelines with random weights, built offline.
+"""Tiny HunyuanVideo, CogVideoX and Mochi transformers and pipelines, random weights, built offline.
 
 Prompts are given as embeddings, so that no text encoder is needed. 33 frames become odd grids of
 9 x 5 x 7 tokens, 5 x 5 x 7 for CogVideoX 1.5.
@@ -12,11 +12,13 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMochi,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    MochiTransformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
@@ -81,6 +83,22 @@ def cogvideox(**options):
     ).eval()
 
 
+def mochi():
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=3,
+        pooled_projection_dim=8,
+        in_channels=12,
+        text_embed_dim=16,
+        time_embed_dim=8,
+    )
+    for name, weight in transformer.named_parameters():  # made as 0, which turns no token, and 1
+        if name == "pos_frequencies" or ".norm_" in name:
+            torch.nn.init.normal_(weight)
+    return transformer.eval()
+
+
 cogvideox_15 = partial(cogvideox, patch_size_t=2, patch_bias=False)
 
 
@@ -105,6 +123,15 @@ def cogvideox_vae():
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
+    ).eval()
+
+
+def mochi_vae():
+    """With the 12 latent channels and the compression that the pipeline takes for granted."""
+    return AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
     ).eval()
 
 
@@ -216,6 +243,22 @@ def cogvideox_video_call(batch, guided):
     return call | {"video": call.pop("control_video"), "strength": 0.8, "num_inference_steps": 5}
 
 
+def mochi_pipeline():
+    torch.manual_seed(0)
+    parts = {"vae": mochi_vae(), "transformer": mochi()}
+    return build("MochiPipeline", parts | {"scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
+def mochi_call(batch, guided):
+    """Prompts that differ in length, from the negative ones too."""
+    call = {"num_frames": 49, "guidance_scale": 4.5 if guided else 1.0, **SIZE}
+    for prefix, valid in (("", 9), ("negative_", 2)) if guided else (("", 9),):
+        valid = torch.arange(valid, valid + 5 * batch, 5)
+        call[f"{prefix}prompt_embeds"] = torch.randn(batch, 20, 16)
+        call[f"{prefix}prompt_attention_mask"] = torch.arange(20) < valid[:, None]
+    return call
+
+
 def set_guidance(pipe, guided):
     """HunyuanVideo-1.5 has its scale in a component."""
     if hasattr(pipe, "guider"):
@@ -281,4 +324,5 @@ PIPELINES = {
         partial(cogvideox_pipeline, "CogVideoXFunControlPipeline", in_channels=8),
         cogvideox_control_call,
     ),
+    "Mochi": (mochi_pipeline, mochi_call),
 }
