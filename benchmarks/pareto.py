@@ -419,8 +419,6 @@ def run_method(runner, method, budgets, grid):
     for options in published.values():
         records.append(runner.score(method, cls(**options), published=True, grid=grid))
         say(records[-1])
-    if not given:
-        tuned_file(runner, method).unlink(missing_ok=True)
     return records
 
 
@@ -682,6 +680,9 @@ def main(arguments=None):
                 with claim(args.claims, *place, method) as ours:
                     if ours:
                         put_in(own, run_method(runner, method, args.budgets, grid))
+                        save(path, own)  # before the claim is done, and its tuning gone
+                        if not args.settings_of:
+                            tuned_file(runner, method).unlink(missing_ok=True)
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

@@ -211,3 +211,18 @@ def test_runs_with_other_settings_beside_it_leave_the_tuning_of_a_killed_run(tmp
     tunes.seen.clear()
     pareto.main(wider)
     assert [density for density, _ in tunes.seen] == [0.5]
+
+
+def test_a_method_whose_records_could_not_be_written_is_not_done(tmp_path, monkeypatch):
+    """Its tuning is there still, and its claim is free."""
+    out, tunes = tmp_path / "pareto.json", Tunes(monkeypatch, kill_at=None)
+    claimed = [*arguments(out, "window"), "--claims", str(tmp_path / "claims")]
+
+    def full(path, result):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pareto, "save", full)
+        pareto.main(claimed)
+    pareto.main(claimed)
+    assert json.loads(out.read_text())["records"] and len(tunes.seen) == 1
