@@ -683,6 +683,8 @@ def main(arguments=None):
                         save(path, own)  # before the claim is done, and its tuning gone
                         if not args.settings_of:
                             tuned_file(runner, method).unlink(missing_ok=True)
+                    else:  # also where it was done over another grid
+                        print(f"{method} on {runner.name}: claimed in {args.claims}", flush=True)
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

@@ -128,7 +128,7 @@ def test_seams_and_flicker():
     assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0
 
 
-def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
+def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path, capsys):
     claims = "--claims", str(tmp_path / "claims")
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     pareto.main([*arguments(first, "window"), *claims])
@@ -144,6 +144,8 @@ def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
     pareto.main([*arguments(second, "window", "random"), *claims])
     found = [json.loads(path.read_text())["records"] for path in (first, second)]
     assert [{r["method"] for r in records} for records in found] == [{"window"}, {"random"}]
+    (left_out,) = (line for line in capsys.readouterr().out.splitlines() if "claimed" in line)
+    assert left_out.startswith("window on") and str(tmp_path / "claims") in left_out
 
 
 def test_a_method_that_is_tuned_over_other_settings_now_runs_again(tmp_path, monkeypatch):
