@@ -377,22 +377,25 @@ def tuned_settings(runner, method, budgets, grid):
 
 
 def tuned_file(runner, method):
-    """What a method's tuning has found, until its records are written."""
-    return runner.args.out.parent / f"tuned-{runner.name}-{runner.size}-{method}.jsonl"
+    """What a method's tuning has found, until its records are written: a file for all that counts,
+    since runs with other settings may lie in the same folder."""
+    args, steps = runner.args, runner.call["num_inference_steps"]
+    what = runner.name, runner.size, steps, args.tuning_prompts, args.dtype, method
+    return args.out.parent / f"{file_name('tuned', *what)}.jsonl"
 
 
 def tune_all(runner, path, configs):
     """Every setting on the tuning prompts, less what a killed run left in `path`."""
-    under = {k: getattr(runner.args, k) for k in ("tuning_prompts", "steps", "dtype")}
-    whole = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
-    found = [line for line in map(json.loads, whole) if line["under"] == under]
-    found = {json.dumps(line["config"]): line for line in found}
-    with path.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in found.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        file.seek(0)
+        whole = "".join(file.read().rpartition("\n")[:2])
+        file.truncate(len(whole))  # a kill may have left half a line
+        found = {json.dumps(line["config"]): line for line in map(json.loads, whole.splitlines())}
         for config in configs:
             key = json.dumps(config.to_dict())
             if key not in found:
-                found[key] = runner.tune(config) | {"under": under}
+                found[key] = runner.tune(config)
                 file.write(json.dumps(found[key]) + "\n")
                 file.flush()
             yield found[key]
@@ -416,7 +419,6 @@ def run_method(runner, method, budgets, grid):
     for options in published.values():
         records.append(runner.score(method, cls(**options), published=True, grid=grid))
         say(records[-1])
-    tuned_file(runner, method).unlink(missing_ok=True)
     return records
 
 
@@ -573,6 +575,11 @@ def key(record):
     return record["pipeline"], record["size"], record["method"]
 
 
+def file_name(*what):
+    """Of one file, also where a method is a path."""
+    return re.sub(r"[^\w.-]+", "-", " ".join(map(str, what)))
+
+
 @contextmanager
 def claim(folder, *what):
     """Whether this is ours to do: no other process does it or has done it."""
@@ -580,7 +587,7 @@ def claim(folder, *what):
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / re.sub(r"[^\w.-]+", "-", " ".join(what)), "a+") as file:
+    with open(folder / file_name(*what), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends, also by a kill
         except BlockingIOError:
@@ -673,6 +680,11 @@ def main(arguments=None):
                 with claim(args.claims, *place, method) as ours:
                     if ours:
                         put_in(own, run_method(runner, method, args.budgets, grid))
+                        save(path, own)  # before the claim is done, and its tuning gone
+                        if not args.settings_of:
+                            tuned_file(runner, method).unlink(missing_ok=True)
+                    else:  # also where it was done over another grid
+                        print(f"{method} on {runner.name}: claimed in {args.claims}", flush=True)
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

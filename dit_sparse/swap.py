@@ -40,6 +40,7 @@ def _set_processor(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:  # Mochi's attention keeps it as an attribute alone
+        module._modules.pop("processor", None)  # of one with weights; set_processor does the same
         module.processor = processor
 
 

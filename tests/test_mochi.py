@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from test_field import FIELD
 from test_joint_pipelines import SPARSE, STEPS, apart, latents
 from tiny_joint import mochi, mochi_call, mochi_pipeline
@@ -21,6 +22,21 @@ def test_disabling_puts_the_same_processors_back():
     assert not set(before) & set(processors(transformer))
     handle.disable()
     assert processors(transformer) == before
+
+
+def test_a_processor_with_weights_is_put_aside_and_back():
+    """A module in the place of a processor is a child of the attention."""
+
+    class Weighted(MochiAttnProcessor2_0, torch.nn.Module):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    transformer, theirs = mochi(), Weighted()
+    transformer.transformer_blocks[0].attn1.processor = theirs
+    handle = enable_sparse_attention(transformer, "adaspa", num_steps=1)
+    assert theirs not in processors(transformer)
+    handle.disable()
+    assert processors(transformer)[0] is theirs and theirs in list(transformer.modules())
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])

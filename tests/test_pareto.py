@@ -128,7 +128,7 @@ def test_seams_and_flicker():
     assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0
 
 
-def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
+def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path, capsys):
     claims = "--claims", str(tmp_path / "claims")
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     pareto.main([*arguments(first, "window"), *claims])
@@ -144,6 +144,8 @@ def test_processes_with_files_of_their_own_share_methods_by_claims(tmp_path):
     pareto.main([*arguments(second, "window", "random"), *claims])
     found = [json.loads(path.read_text())["records"] for path in (first, second)]
     assert [{r["method"] for r in records} for records in found] == [{"window"}, {"random"}]
+    (left_out,) = (line for line in capsys.readouterr().out.splitlines() if "claimed" in line)
+    assert left_out.startswith("window on") and str(tmp_path / "claims") in left_out
 
 
 def test_a_method_that_is_tuned_over_other_settings_now_runs_again(tmp_path, monkeypatch):
@@ -160,22 +162,69 @@ def test_a_method_that_is_tuned_over_other_settings_now_runs_again(tmp_path, mon
     assert {r["config"]["density"] for r in found if r["method"] == "window"} == {0.3}
 
 
-def test_the_tuning_of_a_killed_run_goes_on(tmp_path, monkeypatch):
-    out = tmp_path / "pareto.json"
-    wider = [*arguments(out, "window"), "--densities", "0.2", "0.5"]
-    tuned, real = [], pareto.Runner.tune
+class Tunes:
+    """Stands in for `Runner.tune`; the setting at `kill_at` is killed.
 
-    def tune(runner, config):
-        tuned.append(config.density)
-        if tuned == [0.2, 0.5]:
-            raise KeyboardInterrupt
-        return real(runner, config)
+    Attributes:
+        seen: the density of each setting, and how many of its method lay on the disk by then.
+    """
 
-    monkeypatch.setattr(pareto.Runner, "tune", tune)
-    with pytest.raises(KeyboardInterrupt):
-        pareto.main(wider)
-    (left,) = tmp_path.glob("tuned-*-window.jsonl")
+    def __init__(self, monkeypatch, kill_at):
+        self.seen, self.kill_at, real = [], kill_at, pareto.Runner.tune
+
+        def tune(runner, config):
+            folder = runner.args.out.parent
+            lines = sum(path.read_text().count("\n") for path in folder.glob("tuned-*"))
+            self.seen.append((config.density, lines))
+            if len(self.seen) == self.kill_at:
+                self.kill_at = None
+                raise KeyboardInterrupt
+            return real(runner, config)
+
+        monkeypatch.setattr(pareto.Runner, "tune", tune)
+
+    def killed(self, arguments):
+        with pytest.raises(KeyboardInterrupt):
+            pareto.main(arguments)
+
+
+@pytest.mark.parametrize("method", ["window", str(ROOT / "samples" / "own_rule.py")])
+def test_the_tuning_of_a_killed_run_goes_on(tmp_path, monkeypatch, method):
+    out = tmp_path / "new" / "pareto.json"
+    wider = [*arguments(out, method), "--densities", "0.2", "0.5"]
+    tunes = Tunes(monkeypatch, kill_at=2)
+    tunes.killed(wider)
+    (left,) = out.parent.glob("tuned-*.jsonl")
     left.write_text(left.read_text() + '{"config": {"dens')  # what a kill in the middle leaves
     pareto.main(wider)
-    assert tuned == [0.2, 0.5, 0.5]
+    assert tunes.seen == [(0.2, 0), (0.5, 1), (0.5, 1)]  # a second kill would have lost nothing
     assert not left.exists() and json.loads(out.read_text())["records"]
+
+
+def test_runs_with_other_settings_beside_it_leave_the_tuning_of_a_killed_run(tmp_path, monkeypatch):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "pareto.json"
+    pareto.main(arguments(chosen, "window"))
+    wider = [*arguments(out, "window"), "--densities", "0.2", "0.5"]
+    tunes = Tunes(monkeypatch, kill_at=2)
+    tunes.killed(wider)
+    pareto.main([*arguments(tmp_path / "bf16.json", "window"), "--dtype", "bfloat16"])
+    given = ["--settings-of", str(chosen), "--prompt-seed", "5"]
+    pareto.main([*arguments(tmp_path / "confirmed.json", "window"), *given])
+    tunes.seen.clear()
+    pareto.main(wider)
+    assert [density for density, _ in tunes.seen] == [0.5]
+
+
+def test_a_method_whose_records_could_not_be_written_is_not_done(tmp_path, monkeypatch):
+    """Its tuning is there still, and its claim is free."""
+    out, tunes = tmp_path / "pareto.json", Tunes(monkeypatch, kill_at=None)
+    claimed = [*arguments(out, "window"), "--claims", str(tmp_path / "claims")]
+
+    def full(path, result):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pareto, "save", full)
+        pareto.main(claimed)
+    pareto.main(claimed)
+    assert json.loads(out.read_text())["records"] and len(tunes.seen) == 1
