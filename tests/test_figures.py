@@ -233,6 +233,18 @@ def test_more_damping_on_test_prompts():
     assert told in text("docs/log.md")
 
 
+def test_tuning_prompts():
+    chosen, *others = sorted(
+        result("tuning_prompts_cpu_wan_tiny")["records"], key=lambda r: r["error"]
+    )
+    told = "{:.3f} for what it chose (0.17, five searches from 0.08), {:.3f} for 0.17 with three"
+    assert told.format(chosen["error"], others[0]["error"]) in text("docs/log.md")
+    assert f"{others[1]['error']:.3f} for 0.09" in text("docs/log.md")
+    pairs = zip(chosen["error_per_prompt"], others[0]["error_per_prompt"])
+    gains = sorted((b - a for a, b in pairs), reverse=True)
+    assert sum(gain > 0 for gain in gains) == 6 and sum(gains[2:]) < 0
+
+
 def test_what_guidance_shares():
     """At equal schedules; a residual that follows changes is refreshed every second time."""
     records = [r for r in result("schedules_h200")["records"] if r["trial"] == 2]
