@@ -133,6 +133,24 @@ def test_larger_videos():
     assert rows == len(told)
 
 
+def test_how_far_auto_is_ahead_at_14400_tokens():
+    best = best_of_budgets("pareto_192")
+    others = {box: [of for (b, m), of in best.items() if (b, m) != (box, "auto") and b == box]
+              for box in BOXES}  # fmt: skip
+    by_time, by_cost = {}, {}
+    for box in BOXES:
+        for budget, auto in best[box, "auto"].items():
+            every = [r for of in others[box] for r in of.values()]
+            in_time = [r for r in every if r["effective_time"] <= auto["effective_time"]]
+            within = [of[budget] for of in others[box]]
+            for margins, rivals in ((by_time, in_time), (by_cost, within)):
+                margins[box, budget] = auto["psnr"] - max(r["psnr"] for r in rivals)
+    assert min(by_time.values()) >= 4
+    less = {of: f"{margin:.1f}" for of, margin in by_cost.items() if margin < 4}
+    assert less == {("wan_tiny", 0.4): "0.6", ("wan_tiny", 0.2): "3.7"}
+    assert "but for Wan at 0.4 (0.6 dB) and 0.2 (3.7 dB)" in text("README.md")
+
+
 def test_step_caches():
     told = table("docs/performance.md", "with a step cache")
     records = result("caches_cpu_wan_tiny")["records"][1:]  # after dense without a cache
