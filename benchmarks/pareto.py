@@ -299,6 +299,12 @@ def config_of(spec):
     return make_config(spec.name, RUNS_SPARSE.get(spec.name, {}) | spec.options)[0]
 
 
+def grid_of(args):
+    """The axes that all methods are tuned over."""
+    axes = "warm_ups", "densities", "searches", "spacings", "epsilons"
+    return {axis: getattr(args, axis) for axis in axes}
+
+
 def settings(runner, method, cls, grid):
     """The configs that a method is tuned over."""
     if method == "sparse-vdit":
@@ -642,8 +648,7 @@ def parse(arguments=None):
 
 def main(arguments=None):
     args = parse(arguments)
-    axes = "warm_ups", "densities", "searches", "spacings", "epsilons"
-    grid = {axis: getattr(args, axis) for axis in axes}
+    grid = grid_of(args)
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     fixed = {k: getattr(args, k) for k in numbers} | other_prompts(args)
     if args.settings_of:

@@ -60,8 +60,13 @@ class CogVideoXSparseAttnProcessor:
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None) -> Tensor:
         """torch's own choice: diffusers gives CogVideoX no attention backends."""
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return torch_attention(query, key, value)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of (B, S, H, D) tensors, by the kernel that torch takes by itself."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _rotate_video(x: Tensor, rotary_emb: Any, text: int) -> Tensor:

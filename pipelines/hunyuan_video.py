@@ -45,11 +45,11 @@ class HunyuanVideoSparseAttnProcessor:
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         joint = []
         for part in ("q", "k", "v"):  # each to its end: what is underway at once sets the peak
-            x = _project(attn, hidden_states, f"to_{part}", f"norm_{part}")
+            x = project(attn, hidden_states, f"to_{part}", f"norm_{part}")
             if image_rotary_emb is not None and part != "v":
                 x = _rotate_video(x, image_rotary_emb, length)
             if not single:
-                text = _project(
+                text = project(
                     attn, encoder_hidden_states, f"add_{part}_proj", f"norm_added_{part}"
                 )
                 x = torch.cat([x, text], dim=1)
@@ -82,7 +82,7 @@ class HunyuanVideo15SparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
         return valid[:, None, None] & valid[:, None, :, None]
 
 
-def _project(attn: Any, x: Tensor, projection: str, norm: str) -> Tensor:
+def project(attn: Any, x: Tensor, projection: str, norm: str) -> Tensor:
     """Query, key or value (B, S, H, D), with its norm where it has one."""
     x = getattr(attn, projection)(x).unflatten(2, (attn.heads, -1))
     normed = getattr(attn, norm, None)
@@ -110,7 +110,7 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     image_channels = config.in_channels > (config.out_channels or config.in_channels)
     first_frame = image_channels or config.image_condition_type == "token_replace"
     grid = _grid(transformer, given, slots, first_frame)
-    return Prepared(grid, _lengths(grid, counts), latent_patch=_patch(config))
+    return Prepared(grid, valid_lengths(grid, counts), latent_patch=_patch(config))
 
 
 def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
@@ -122,7 +122,7 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
     if keep_padding:
         slots = image.shape[1] + sum(mask.shape[1] for mask in masks.values())
         grid = _grid(transformer, given, slots, first_frame=images > 0)
-        return Prepared(grid, _lengths(grid, counts), latent_patch=patch)
+        return Prepared(grid, valid_lengths(grid, counts), latent_patch=patch)
     changed = {"image_embeds": image[:, :images]}
     for suffix, mask in masks.items():
         used = mask.any(0)
@@ -131,7 +131,7 @@ def prepare_15(transformer: Any, given: dict[str, Any], keep_padding: bool) -> P
             changed[name] = given[name][:, used]
     slots = images + sum(changed[f"encoder_attention_mask{suffix}"].shape[1] for suffix in masks)
     grid = _grid(transformer, given, slots, first_frame=images > 0)
-    return Prepared(grid, _lengths(grid, counts), changed, latent_patch=patch)
+    return Prepared(grid, valid_lengths(grid, counts), changed, latent_patch=patch)
 
 
 def _patch(config: Any) -> tuple[int, int, int]:
@@ -151,7 +151,7 @@ def _grid(transformer: Any, given: dict[str, Any], slots: int, first_frame: bool
     )
 
 
-def _lengths(grid: VideoGrid, counts: list[int]) -> tuple[int, ...] | None:
+def valid_lengths(grid: VideoGrid, counts: list[int]) -> tuple[int, ...] | None:
     if min(counts) == grid.text_tokens:
         return None
     return tuple(grid.video_tokens + count for count in counts)

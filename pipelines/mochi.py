@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid import VideoGrid
 from ..step import attend
+from .cogvideox import torch_attention
 from .family import CurrentCall, Family, Prepared, Undo
+from .hunyuan_video import project, valid_lengths
 
 
 class MochiSparseAttnProcessor:
@@ -35,8 +36,8 @@ class MochiSparseAttnProcessor:
     ) -> tuple[Tensor, Tensor]:
         length, joint = hidden_states.shape[1], []
         for part in ("q", "k", "v"):
-            video = _project(attn, hidden_states, f"to_{part}", f"norm_{part}")
-            text = _project(attn, encoder_hidden_states, f"add_{part}_proj", f"norm_added_{part}")
+            video = project(attn, hidden_states, f"to_{part}", f"norm_{part}")
+            text = project(attn, encoder_hidden_states, f"add_{part}_proj", f"norm_added_{part}")
             if image_rotary_emb is not None and part != "v":
                 video = _rotate(video, *image_rotary_emb)
             joint.append(torch.cat([video, text], dim=1))
@@ -53,19 +54,12 @@ class MochiSparseAttnProcessor:
         diffusers gives Mochi no attention backends. One host sync where the lengths differ.
         """
         if kv_len is None:
-            return _attention(query, key, value)
+            return torch_attention(query, key, value)
         output = torch.zeros_like(query)
         for i, valid in enumerate(kv_len.tolist()):
             one = (x[i : i + 1, :valid] for x in (query, key, value))
-            output[i : i + 1, :valid] = _attention(*one)
+            output[i : i + 1, :valid] = torch_attention(*one)
         return output
-
-
-def _project(attn: Any, x: Tensor, projection: str, norm: str) -> Tensor:
-    """Query, key or value (B, S, H, D), with its norm where it has one."""
-    x = getattr(attn, projection)(x).unflatten(2, (attn.heads, -1))
-    normed = getattr(attn, norm, None)
-    return x if normed is None else normed(x)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,11 +69,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([pair.to(x.dtype) for pair in pairs], dim=-1).flatten(3)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:
     """The latent video is (B, C, T, H, W); text behind the longest prompt of the batch is cut."""
     frames, height, width = given["hidden_states"].shape[2:]
@@ -87,11 +76,8 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     counts, patch = _counts(mask.bool()), transformer.config.patch_size
     slots = mask.shape[1] if keep_padding else max(1, *counts)
     grid = VideoGrid(frames, height // patch, width // patch, text_tokens=slots)
-    lengths = None
-    if min(counts) < slots:
-        lengths = tuple(grid.video_tokens + count for count in counts)
     cut = {"encoder_hidden_states": text[:, :slots], "encoder_attention_mask": mask[:, :slots]}
-    return Prepared(grid, lengths, {} if keep_padding else cut)
+    return Prepared(grid, valid_lengths(grid, counts), {} if keep_padding else cut)
 
 
 def _counts(mask: Tensor) -> list[int]:

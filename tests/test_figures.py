@@ -103,8 +103,8 @@ def test_the_rest_of_the_field():
 
 
 def test_curves_of_settings_of_the_past_are_in_italics():
-    found, axes = result("pareto")["records"], ("warm_ups", "densities", "searches", "spacings")
-    grid = {axis: list(getattr(pareto, axis.upper())) for axis in (*axes, "epsilons")}
+    found = result("pareto")["records"]
+    grid = pareto.grid_of(pareto.parse(["--out", "pareto.json"]))
     stale = {(r["method"], r["pipeline"]) for r in pareto.stale(found, grid, tuned=True)}
     rows = [line.split("|") for line in (ROOT / "docs/field.md").read_text().splitlines()]
     told = {
@@ -135,14 +135,13 @@ def test_larger_videos():
 
 def test_how_far_auto_is_ahead_at_14400_tokens():
     best = best_of_budgets("pareto_192")
-    others = {box: [of for (b, m), of in best.items() if (b, m) != (box, "auto") and b == box]
-              for box in BOXES}  # fmt: skip
     by_time, by_cost = {}, {}
     for box in BOXES:
+        others = [of for (b, method), of in best.items() if b == box and method != "auto"]
+        every = [record for of in others for record in of.values()]
         for budget, auto in best[box, "auto"].items():
-            every = [r for of in others[box] for r in of.values()]
             in_time = [r for r in every if r["effective_time"] <= auto["effective_time"]]
-            within = [of[budget] for of in others[box]]
+            within = [of[budget] for of in others]
             for margins, rivals in ((by_time, in_time), (by_cost, within)):
                 margins[box, budget] = auto["psnr"] - max(r["psnr"] for r in rivals)
     assert min(by_time.values()) >= 4
