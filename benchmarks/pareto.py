@@ -67,6 +67,8 @@ DENSE = AdaSpa(density=1.0)
 # Videos this small stand for larger ones: `auto` would rather run them dense on a GPU.
 RUNS_SPARSE = {"auto": {"dense_if_faster": False}}
 MOST_TIME = 1.5  # that is drawn, of dense attention's
+SEEDS = "adaspa", "draftattention", "rettention", "sparse-vdit"
+LINES = {"auto": {"linewidth": 3}} | dict.fromkeys(SEEDS, {"linewidth": 1.8})  # others are thin
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
 
 
@@ -501,9 +503,9 @@ def draw(result, path):
                 look = {"color": plt.cm.tab10(index % 10), "marker": "osD^vP"[index // 10 % 6]}
                 mine = [r for r in mine if r[x] is not None]
                 tuned = sorted((r[x], r["psnr"]) for r in mine if "budgets" in r)
-                width = 3 if method == "auto" else 1.2
+                look |= LINES.get(method, {"linewidth": 0.8, "alpha": 0.5, "markersize": 4})
                 x_and_y = zip(*tuned) if tuned else ((), ())
-                axis.plot(*x_and_y, label=method, linewidth=width, **look)
+                axis.plot(*x_and_y, label=method, **look)
                 hollow = [(r[x], r["psnr"]) for r in mine if r.get("published")]
                 if hollow:
                     axis.plot(*zip(*hollow), linestyle="none", fillstyle="none", **look)
