@@ -12,7 +12,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
 
 import pareto  # noqa: E402
 
-from dit_sparse import available_methods  # noqa: E402
+from dit_sparse import Auto, available_methods  # noqa: E402
+from dit_sparse.api import make_config  # noqa: E402
+from dit_sparse.preset import read_preset  # noqa: E402
 
 NUMBER = r"[0-9.]+"
 BOXES = "wan_tiny", "hunyuan_video_tiny", "cogvideox_tiny"
@@ -156,6 +158,18 @@ def test_curves_of_settings_of_the_past_are_in_italics():
     missing = set(available_methods()) - {r["method"] for r in found}
     (named,) = re.findall("Not run at all: (.*?)[.]", text("docs/field.md"))
     assert set(re.findall("`(.*?)`", named)) == missing
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_presets(box):
+    file = ROOT / f"samples/presets/{box}_h200.json"
+    preset, stored = read_preset(file), json.loads(file.read_text())
+    trials, wanted = stored["evidence"]["trials"], stored["evidence"]["wanted_psnr"]
+    chosen = min((t for t in trials if t["psnr"] >= wanted), key=lambda t: t["effective_cost"])
+    config, _ = make_config(str(file), {})
+    assert config == Auto(**preset.options) == Auto(**chosen["options"])
+    told = table("docs/choosing.md", "preset", "PSNR, dB", "effective cost")[box]
+    assert are(told, chosen["psnr"], chosen["effective_cost"])
 
 
 def test_larger_videos():
