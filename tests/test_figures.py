@@ -168,7 +168,7 @@ def test_presets(box):
     chosen = min((t for t in trials if t["psnr"] >= wanted), key=lambda t: t["effective_cost"])
     config, _ = make_config(str(file), {})
     assert config == Auto(**preset.options) == Auto(**chosen["options"])
-    told = table("docs/choosing.md", "preset", "PSNR, dB", "effective cost")[box]
+    told = table("docs/choosing.md", "[preset](../samples/presets)")[box]
     assert are(told, chosen["psnr"], chosen["effective_cost"])
 
 
