@@ -40,6 +40,8 @@ def q8_0_by_gguf(pipe):
     kind, transformer = gguf.GGMLQuantizationType.Q8_0, pipe.transformer
     state, biases = {}, {}
     for name, module in attention_linears(transformer):
+        if module.in_features % 32:  # no whole group of this type
+            continue
         packed = torch.from_numpy(gguf.quantize(module.weight.detach().float().cpu().numpy(), kind))
         state[f"{name}.weight"] = GGUFParameter(packed.to(module.weight.device), quant_type=kind)
         biases[f"{name}.bias"] = module.bias

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import FAMILIES, MORE_FAMILIES
 from gpu_log import NOT_RUN, read_log, run_on_gpu
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 LOG = ROOT / "benchmarks" / "results" / "gpu_tests_h200.json"
-FAMILIES = "Wan", "HunyuanVideo", "CogVideoX"
 NOT_TESTED = "not tested"
 HEAD = """# What it composes with
 
@@ -77,7 +77,8 @@ class Cells:
     def page(self, log: dict[str, Any]) -> str:
         features = dict.fromkeys(feature for feature, _ in self.outcomes)
         refused = [f"- **{feature}**: `{text}`" for feature, text in self.refusals.items()]
-        parts = [table(features, self.cell), "Refused:", "\n".join(refused), NOTES]
+        cells = table(features, self.cell, FAMILIES + MORE_FAMILIES)
+        parts = [cells, "Refused:", "\n".join(refused), NOTES]
         return HEAD + "\n\n".join([*parts, self.gpu_part(log)])
 
     def gpu_cell(self, log: dict[str, Any], feature: str, family: str) -> str:
@@ -98,10 +99,12 @@ class Cells:
         return "\n\n".join([GPU_HEAD, cells, told_of_runs(log)]) + "\n"
 
 
-def table(features: Iterable[str], cell: Callable[[str, str], str]) -> str:
-    lines = [f"| feature | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
+def table(
+    features: Iterable[str], cell: Callable[[str, str], str], families: tuple[str, ...] = FAMILIES
+) -> str:
+    lines = [f"| feature | {' | '.join(families)} |", "|---" * (len(families) + 1) + "|"]
     for feature in features:
-        cells = (cell(feature, family) for family in FAMILIES)
+        cells = (cell(feature, family) for family in families)
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -125,10 +128,12 @@ def told_of_runs(log: dict[str, Any]) -> str:
 
 
 NOTES = """One call a step is a run without guidance, with embedded guidance (HunyuanVideo), or
-with both prompts in one batch: CogVideoX has no other, so that two calls do not occur. diffusers
-names no repeated blocks for CogVideoX; each of its blocks was compiled. FasterCache fails on Wan
-and HunyuanVideo without sparse attention, too. CPU offload moves weights to an accelerator: what is
-tested here is that its hooks, with the CPU in the place of one, change nothing.
+with both prompts in one batch: CogVideoX, LTX-Video and Mochi have no other, so that two calls do
+not occur. diffusers names no repeated blocks for CogVideoX and Mochi; each of their blocks was
+compiled. FirstBlockCache and MagCache do not know the blocks of HunyuanVideo-1.5 and SkyReels-V2.
+FasterCache fails on Wan and HunyuanVideo without sparse attention, too. CPU offload moves weights to
+an accelerator: what is tested here is that its hooks, with the CPU in the place of one, change
+nothing.
 
 What is kept between steps stays on the device of the model; with `cache_device="cpu"` residuals of
 `auto` and `rettention` are [in host memory](choosing.md#residuals-in-host-memory). It is
@@ -137,8 +142,7 @@ loop, such as in a callback, when the next run begins or at `disable()`. `max_ca
 more at the first step, and a report gives `peak_cache_bytes`.
 
 With `DIT_SPARSE=0` in the environment `enable_sparse_attention` changes nothing and says so. Two
-threads that call one transformer at the same time are both refused.
-"""
+threads that call one transformer at the same time are both refused."""
 
 
 def documented_cells(page: str) -> set[tuple[str, str]]:

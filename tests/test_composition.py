@@ -24,6 +24,7 @@ from dit_sparse import enable_sparse_attention
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 CPU = torch.device("cpu")
+FEWEST_STEPS = {"Mochi": 2}  # its schedule divides by half of them
 
 
 @cache
@@ -125,7 +126,7 @@ def test_blocks_compile_to_as_many_graphs_as_without_us(family):
         counter, pipe = CompileCounterWithBackend("eager"), make(family)
         handle = enable_sparse_attention(pipe, **SPARSE) if enabled else None
         compile_blocks(pipe, counter)
-        generate(pipe, family, guided=False, num_inference_steps=1)
+        generate(pipe, family, guided=False, num_inference_steps=FEWEST_STEPS.get(family, 1))
         graphs.append(counter.frame_count)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert (generate(pipe, family, guided=False) - eager).abs().max() < 1e-5
@@ -143,7 +144,7 @@ def test_the_whole_transformer_compiles_once(family):
     pipe = make(family)
     enable_sparse_attention(pipe, **SPARSE)
     pipe.transformer = torch.compile(pipe.transformer, backend=counter)
-    generate(pipe, family, guided=False, num_inference_steps=1)
+    generate(pipe, family, guided=False, num_inference_steps=FEWEST_STEPS.get(family, 1))
     graphs = counter.frame_count
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert (generate(pipe, family, guided=False) - eager).abs().max() < 1e-5

@@ -5,6 +5,8 @@ import diffusers
 import pytest
 import torch
 from composed import (
+    FAMILIES,
+    MORE_FAMILIES,
     SPARSE,
     first_block,
     generate,
@@ -19,6 +21,10 @@ from dit_sparse import enable_sparse_attention
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 EVERYWHERE = (-1, 1001)
+ALL = FAMILIES + MORE_FAMILIES
+ONE_BATCH = "CogVideoX", "LTX-Video", "Mochi"  # of both prompts
+UNKNOWN_BLOCKS = "HunyuanVideo-1.5", "SkyReels-V2"  # to caches of diffusers that hook blocks
+KNOWN_BLOCKS = tuple(family for family in ALL if family not in UNKNOWN_BLOCKS)
 
 
 def mag_cache(pipe):
@@ -81,11 +87,15 @@ def check_kinds(family, change, order, guided=True):
         module.to_q.register_forward_pre_hook(lambda *a, layer=layer: ran.append((now[0], layer)))
         assert module.processor is swap
 
-    def count(pipe, step, timestep, kwargs):
-        now[0] = step + 1
-        return kwargs
+    def count(scheduler_step):
+        def step(*args, **kwargs):
+            now[0] += 1
+            return scheduler_step(*args, **kwargs)
 
-    frames = generate(pipe, family, guided, callback_on_step_end=count)
+        return step
+
+    pipe.scheduler.step = count(pipe.scheduler.step)
+    frames = generate(pipe, family, guided)
     trace = handle.report().trace
     assert [(entry["step"], entry["layer"]) for entry in trace] == ran
     found = {}
@@ -102,14 +112,14 @@ def check_kinds(family, change, order, guided=True):
 
 
 @ORDERS
-@over_families("FirstBlockCache")
+@over_families("FirstBlockCache", *KNOWN_BLOCKS)
 def test_first_block_cache_that_skips_nothing_changes_nothing(family, order):
     frames, _ = sparse(family, first_block(0.0), order)
     assert frames.equal(sparse(family)[0])
 
 
 @ORDERS
-@over_families("FirstBlockCache")
+@over_families("FirstBlockCache", *KNOWN_BLOCKS)
 def test_first_block_cache_that_skips_all_it_can(family, order):
     _, trace = check_kinds(family, first_block(1e9), order)
     assert {entry["step"] for entry in trace if entry["layer"] > 0} == {0}
@@ -118,10 +128,24 @@ def test_first_block_cache_that_skips_all_it_can(family, order):
 
 @not_in_0_36
 @ORDERS
-@over_families("MagCache")
+@over_families("MagCache", *KNOWN_BLOCKS)
 def test_mag_cache(family, order):
     _, trace = check_kinds(family, mag_cache, order)
     assert {entry["step"] for entry in trace} < set(range(5))
+
+
+@not_in_0_36
+@over_families("FirstBlockCache", *UNKNOWN_BLOCKS, absent=True)
+def test_first_block_cache_does_not_know_the_blocks(family):
+    with pytest.raises(ValueError, match="TransformerBlock'> not registered"):
+        first_block(0.0)(make(family))
+
+
+@not_in_0_36
+@over_families("MagCache", *UNKNOWN_BLOCKS, absent=True)
+def test_mag_cache_does_not_know_the_blocks(family):
+    with pytest.raises(ValueError, match="TransformerBlock'> not registered"):
+        mag_cache(make(family))
 
 
 @ORDERS
@@ -135,16 +159,14 @@ def test_taylor_seer(family, order):
 @over_families("PyramidAttentionBroadcast, one call a step")
 def test_broadcast(family, order):
     """Each layer at every other step, as its definition says."""
-    guided = family == "CogVideoX"  # both prompts in one batch
-    _, trace = check_kinds(family, broadcast, order, guided)
+    _, trace = check_kinds(family, broadcast, order, guided=family in ONE_BATCH)
     assert {entry["step"] for entry in trace} == {0, 2, 4}
 
 
 @ORDERS
 @over_families(
     "PyramidAttentionBroadcast, two calls a step",
-    "Wan",
-    "HunyuanVideo",
+    *(family for family in ALL if family not in ONE_BATCH),
     refused="RuntimeError: PyramidAttentionBroadcast of diffusers keeps one output for both calls",
 )
 def test_broadcast_over_two_guidance_calls_is_refused(family, order):
@@ -152,11 +174,12 @@ def test_broadcast_over_two_guidance_calls_is_refused(family, order):
         sparse(family, broadcast, order)
 
 
-@over_families("PyramidAttentionBroadcast, two calls a step", "CogVideoX", absent=True)
+@over_families("PyramidAttentionBroadcast, two calls a step", *ONE_BATCH, absent=True)
 def test_guidance_is_one_call_a_step(family):
     _, handle = sparse(family)
     calls = [(entry["step"], entry["layer"]) for entry in handle.report().trace]
-    assert calls == [(step, layer) for step in range(5) for layer in range(2)]
+    layers = len(self_attentions(handle))
+    assert calls == [(step, layer) for step in range(5) for layer in range(layers)]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -7,6 +7,7 @@ the same pipeline without the feature, unless a test says why they cannot be.
 import gc
 from functools import cache, partial
 
+import composed
 import pytest
 import torch
 from changed_weights import (
@@ -16,8 +17,8 @@ from changed_weights import (
     nf4_by_bitsandbytes,
     q8_0_by_gguf,
 )
+from composed import FAMILIES, arguments, compile_blocks, first_block, tile_vae
 from composed import SPARSE as SPARSE_ON_CPU
-from composed import arguments, compile_blocks, first_block, over_families, tile_vae
 from tiny import tiny_wan
 from tiny_joint import PIPELINES, SIZE, hunyuan_pipeline
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,6 +36,10 @@ MAKE = {
     "CogVideoX": PIPELINES["CogVideoX"][0],
 }
 STEPS = 5
+
+
+def over_families(feature, *families, **marks):
+    return composed.over_families(feature, *(families or FAMILIES), **marks)
 
 
 def make(family, dtype=torch.bfloat16):
