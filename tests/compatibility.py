@@ -131,8 +131,8 @@ NOTES = """One call a step is a run without guidance, with embedded guidance (Hu
 with both prompts in one batch: CogVideoX, LTX-Video and Mochi have no other, so that two calls do
 not occur. diffusers names no repeated blocks for CogVideoX and Mochi; each of their blocks was
 compiled. FirstBlockCache and MagCache do not know the blocks of HunyuanVideo-1.5 and SkyReels-V2.
-FasterCache fails on Wan and HunyuanVideo without sparse attention, too. CPU offload moves weights to
-an accelerator: what is tested here is that its hooks, with the CPU in the place of one, change
+FasterCache fails on Wan and HunyuanVideo without sparse attention, too. CPU offload moves weights
+to an accelerator: what is tested here is that its hooks, with the CPU in the place of one, change
 nothing.
 
 What is kept between steps stays on the device of the model; with `cache_device="cpu"` residuals of
