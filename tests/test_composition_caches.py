@@ -5,6 +5,7 @@ import diffusers
 import pytest
 import torch
 from composed import (
+    DIFFUSERS_0_36,
     FAMILIES,
     MORE_FAMILIES,
     SPARSE,
@@ -151,6 +152,8 @@ def test_mag_cache_does_not_know_the_blocks(family):
 @ORDERS
 @over_families("TaylorSeer")
 def test_taylor_seer(family, order):
+    if DIFFUSERS_0_36 and family == "SkyReels-V2":
+        pytest.skip("diffusers 0.36 tells its caches nothing of SkyReels-V2's calls")
     _, trace = check_kinds(family, taylor_seer, order)
     assert {entry["step"] for entry in trace} < set(range(5))
 
