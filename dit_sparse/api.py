@@ -87,8 +87,8 @@ def enable_sparse_attention(
         whole("num_steps", num_steps, 1)
     if config.engine != "auto":
         refuse_missing(config.engine, "cuda" if torch.cuda.is_available() else "cpu")
-    transformers = _transformers(pipe)
-    config = config.for_model(transformers[0][0])
+    transformers = supported_transformers(pipe)
+    config = config.for_model([transformer for transformer, _ in transformers])
     if os.environ.get("DIT_SPARSE") == "0":
         logger.warning("DIT_SPARSE=0 in the environment: attention stays dense")
         return SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)
@@ -432,7 +432,7 @@ def _modules(pipe: Any) -> list[nn.Module]:
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
-def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
+def supported_transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     """The supported transformers in a pipeline, or the one given; a compiled one unwrapped."""
     modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
     found = [(module, family) for module in modules if (family := family_of(module)) is not None]
@@ -448,7 +448,7 @@ def _transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
 
 def _handles(pipe: Any) -> list[SparseAttention]:
     """Handles that are enabled on any transformer of a pipeline."""
-    found = [vars(transformer).get(_HANDLE) for transformer, _ in _transformers(pipe)]
+    found = [vars(transformer).get(_HANDLE) for transformer, _ in supported_transformers(pipe)]
     return list(dict.fromkeys(handle for handle in found if handle is not None))
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .api import supported_transformers
 from .attention import sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig, is_number
 from .grid import token_order
 from .patterns.mode_table import ModeTable
+from .patterns.model_marks import marks_of
 from .patterns.sparse_vdit import mode_masks
 from .probe import run_with_probes
 from .step import DenseAttention, permute_video
@@ -125,4 +127,5 @@ def calibrate(pipe: Any, run: Callable[[], Any], search: ModeSearch, prompts: in
         epsilon=search.epsilon,
         prompts=prompts,
         modes=modes,
+        models=marks_of(transformer for transformer, _ in supported_transformers(pipe)),
     )

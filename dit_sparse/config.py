@@ -122,7 +122,7 @@ class SparseConfig:
             )
         return cls(**cls.published[model])
 
-    def for_model(self, transformer: Any) -> Self:
+    def for_model(self, transformers: "Sequence[Any]") -> Self:
         """This config with what lies beside a model's files, refused where that does not fit it."""
         return self
 

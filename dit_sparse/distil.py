@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .api import supported_transformers
 from .config import SparseConfig, positive, whole
 from .dense import dense_attention_with_lse
 from .grid import token_order
 from .patterns.gates import Gates, first_gates, gate_logits, pooled_features
+from .patterns.model_marks import marks_of
 from .patterns.score import exact_mass
 from .patterns.search import Search
 from .probe import run_with_probes
@@ -142,4 +144,5 @@ def distil(pipe: Any, run: Callable[[], Any], settings: Distillation) -> Gates:
         )
     maps = ([gates[layer].maps[i].detach().cpu() for layer in range(layers)] for i in (0, 1))
     query, key = (torch.stack(x) for x in maps)
-    return Gates(query, key, settings.order, settings.block_size)
+    models = marks_of(transformer for transformer, _ in supported_transformers(pipe))
+    return Gates(query, key, settings.order, settings.block_size, models)

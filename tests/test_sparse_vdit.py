@@ -1,6 +1,7 @@
 """Sparse-vDiT: its modes, its offline search, and the table that comes out."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from test_wan import generate, leftovers
 from tiny import save_tiny_wan, tiny_folder, tiny_wan
 from tiny_joint import PIPELINES
+from tiny_wan_family import PIPELINES as WAN_PIPELINES
+from tiny_wan_family import generate as generate_wan
+from tiny_wan_family import text_to_video
 from typer.testing import CliRunner
 
 from dit_sparse import SparseVDiT, VideoGrid, enable_sparse_attention
 from dit_sparse.calibrate import ModeSearch, calibrate, relative_errors
 from dit_sparse.cli import app
+from dit_sparse.distil import Distillation, distil
 from dit_sparse.patterns.mode_table import load_mode_table
 from dit_sparse.patterns.sparse_vdit import MODES, mode_masks
 
@@ -125,10 +130,46 @@ def test_another_model_size_or_branch_is_refused(tmp_path):
             generate(pipe, guidance=1.0)
 
 
+def changed_model(change):
+    if change in WAN_PIPELINES:
+        return WAN_PIPELINES[change][0]()[0]
+    pipe = text_to_video()[0]
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            weight.mul_(1.05) if change == "fine-tuned" else weight.normal_(0, 0.05)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("I2V 2.1", "of one with added_kv_proj_dim None, this one has 32"),
+        ("T2V 2.2", "expected 1 transformers in the pipeline, got 2"),
+        ("other weights", "the same settings and other weights"),
+        ("fine-tuned", None),
+    ],
+)
+def test_a_model_of_the_same_size_is_refused_unless_it_is_a_variant(tmp_path, change, told):
+    pipe, call = text_to_video()
+    run = partial(generate_wan, pipe, call, steps=2)
+    with torch.no_grad():
+        table = made(pipe, tmp_path, run)
+        distil(pipe, run, Distillation(block_size=32)).save(tmp_path / "gates")
+    other = changed_model(change)
+    gates = {"gate": tmp_path / "gates", "density": 0.5, "block_size": 32}
+    for switch_on in (
+        partial(enable, other, table),
+        partial(enable_sparse_attention, other, "seerattention", **gates),
+    ):
+        with pytest.raises(ValueError, match=told) if told else nullcontext():
+            switch_on()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"schema": 1},
+        {"models": [{}]},
         {"kind": "pickle"},
         {"modes": {}},
         {"modes": {"cond": [["01"]]}},
@@ -155,6 +196,8 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
     for given in ({}, {"table": ""}):
         with pytest.raises(ValueError, match="needs table=.*no sparse_vdit.json lies beside"):
             enable_sparse_attention(tiny, "sparse-vdit", **given)
+    with pytest.raises(ValueError, match="own_block=True, got False"):
+        SparseVDiT(table=table, density=0.5, block_size=32, own_block=False)
     with pytest.raises(ValueError, match="name of a file"):
         SparseVDiT(table=3)
     with pytest.raises(ValueError, match="no mode table at"):

@@ -4,7 +4,7 @@ A safetensors file; what it was distilled for stands in its metadata and is chec
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import block_pool
+from .model_marks import Marks
 
 KIND, SCHEMA = "seerattention gates", 1
 
@@ -24,14 +25,16 @@ class Gates:
     Attributes:
         query: (layers, heads, D, g). key: (layers, heads, 3 D, g), of largest, least and mean.
         order, block_size: that they were distilled in.
+        models: what tells the model from others, none in older files.
     """
 
     query: Tensor
     key: Tensor
     order: str
     block_size: int
+    models: list[Marks] = field(default_factory=list)
 
-    def refuse_other_model(self, layers: int, heads: int, dim: int) -> None:
+    def refuse_other_size(self, layers: int, heads: int, dim: int) -> None:
         for name, mine, given in zip(
             ("layers", "heads", "channels a head"), self.query.shape, (layers, heads, dim)
         ):
@@ -45,6 +48,7 @@ class Gates:
         from safetensors.torch import save_file
 
         facts = {"kind": KIND, "schema": SCHEMA, "order": self.order, "block_size": self.block_size}
+        facts["models"] = self.models
         tensors = {"query": self.query.contiguous(), "key": self.key.contiguous()}
         save_file(tensors, path, {"dit_sparse": json.dumps(facts)})
 
@@ -79,7 +83,7 @@ def _load(file: Path, changed: int) -> Gates:
             if (facts["kind"], facts["schema"]) != (KIND, SCHEMA):
                 raise ValueError(f"it does not say {KIND!r}, schema {SCHEMA}")
             query, key = opened.get_tensor("query"), opened.get_tensor("key")
-            return Gates(query, key, facts["order"], facts["block_size"])
+            return Gates(query, key, facts["order"], facts["block_size"], facts.get("models", []))
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{file} holds no gates ({error}): make some with `dit-sparse calibrate --method"

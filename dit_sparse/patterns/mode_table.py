@@ -5,10 +5,13 @@ read as data and checked; nothing in it is executed.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from .model_marks import Marks, refuse_other_model
 
 SCHEMA = 2
 KIND = "sparse-vdit mode table"
@@ -26,6 +29,7 @@ class ModeTable:
         weight, epsilon: of the search (lambda and epsilon in the paper).
         prompts: how many were searched on.
         modes: for each branch and step, a string of digits for each layer.
+        models: what tells the model from others, none in older files.
     """
 
     transformer: str
@@ -40,22 +44,24 @@ class ModeTable:
     epsilon: float
     prompts: int
     modes: dict[str, list[list[str]]]
+    models: list[Marks] = field(default_factory=list)
 
     def at(self, branch: str, step: int, num_steps: int, layer: int) -> list[int]:
         """Modes of a layer's heads; a run of other length takes the row at its share of steps."""
         if branch not in self.modes:
             raise ValueError(
                 f"the mode table knows the guidance branches {', '.join(self.modes)}, not"
-                f" {branch!r}: calibrate with the guidance that you generate with"
+                f" {branch!r}: calibrate with the pipeline and the guidance that you generate with"
             )
         return [int(mode) for mode in self.modes[branch][step * self.num_steps // num_steps][layer]]
 
-    def refuse_other_class(self, transformer: Any) -> None:
-        if (given := type(transformer).__name__) != self.transformer:
+    def refuse_other_model(self, transformers: Sequence[Any]) -> None:
+        if (given := type(transformers[0]).__name__) != self.transformer:
             raise ValueError(
                 f"the mode table is of a {self.transformer}, this model is a {given}; make one with"
                 " `dit-sparse calibrate`"
             )
+        refuse_other_model("the mode table is", self.models, transformers)
 
     def refuse_other_size(self, layers: int, heads: int, grid: tuple[int, int, int]) -> None:
         for name, mine, given in (
@@ -115,6 +121,8 @@ def _load(file: Path, changed: int, modes: int) -> ModeTable:
 def _check(table: ModeTable, modes: int) -> None:
     if not table.modes:
         raise ValueError("it has no branch")
+    if not all(isinstance(mark["settings"], dict) for mark in table.models):
+        raise ValueError("its models have no settings")
     known = set("0123456789"[:modes])
     for branch, steps in table.modes.items():
         if len(steps) != table.num_steps or any(len(rows) != table.layers for rows in steps):

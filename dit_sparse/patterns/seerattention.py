@@ -12,14 +12,16 @@ Departures, and where the paper is silent:
 - It ranks video blocks. Text, own and conditioning blocks are kept and count towards the density.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ..config import SparseConfig
 from .gates import Gates, gate_logits, load_gates, pooled_features
+from .model_marks import refuse_other_model
 from .search import Found, Search
 from .select import top_density_rows
 
@@ -59,10 +61,14 @@ class SeerAttention(SparseConfig):
     def load(self) -> Gates:
         return load_gates(self.gate)
 
+    def for_model(self, transformers: Sequence[Any]) -> Self:
+        refuse_other_model("the gates are", self.load().models, transformers)
+        return self
+
     def find(self, search: Search) -> Found:
         gates, grid = self.load(), search.grid
         dim, here = search.query.shape[3], search.own_heads
-        gates.refuse_other_model(search.layers, search.heads, dim)
+        gates.refuse_other_size(search.layers, search.heads, dim)
         maps = (x[search.layer][here].to(search.query.device) for x in (gates.query, gates.key))
         scores = gate_logits(pooled_features(search.query, search.key, self.block_size), *maps)
         text = grid.text_blocks(self.block_size)

@@ -72,19 +72,21 @@ class SparseVDiT(SparseConfig):
                     f"the table was searched with {name}={getattr(table, name)!r}, got"
                     f" {getattr(self, name)!r}: give that, or calibrate with yours"
                 )
+        if not self.own_block and self.density != 1:
+            raise ValueError("the table was searched with own_block=True, got False: leave it out")
 
     def load(self) -> ModeTable:
         return load_mode_table(self.table, len(MODES))
 
-    def for_model(self, transformer: Any) -> Self:
-        table = self.table or table_beside(transformer)
+    def for_model(self, transformers: Sequence[Any]) -> Self:
+        table = self.table or table_beside(transformers[0])
         if table is None:
             raise ValueError(
                 f"sparse-vdit needs table=FILE, the modes of each head: no {FILE} lies beside this"
                 " model; make one with `dit-sparse calibrate`"
             )
         config = replace(self, table=str(table))
-        config.load().refuse_other_class(transformer)
+        config.load().refuse_other_model(transformers)
         return config
 
     def cache_bytes(self, shape: Sequence[int], itemsize: int) -> int:
