@@ -31,6 +31,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from dit_sparse.api import make_config  # noqa: E402
 from dit_sparse.calibrate import ModeSearch, calibrate  # noqa: E402
 from dit_sparse.config import DENSITIES  # noqa: E402
 from dit_sparse.distil import Distillation, distil  # noqa: E402
+from dit_sparse.grid import token_order  # noqa: E402
 from dit_sparse.metrics import Lpips, compare_clips  # noqa: E402
 from dit_sparse.patterns import method_class  # noqa: E402
 from dit_sparse.processes import Processes  # noqa: E402
@@ -61,8 +63,8 @@ SPACINGS = (1.5,)  # ever further apart; 1 is evenly
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 TUNED_BY_RUNS = "sparse-vdit", "seerattention"  # their settings name files that runs make
-BASELINE = "adaspa"
-RESAMPLES = 10_000
+BASELINE = "auto"
+RESAMPLES = 200_000  # the tails of many intervals at once
 DENSE = AdaSpa(density=1.0)
 # Videos this small stand for larger ones: `auto` would rather run them dense on a GPU.
 RUNS_SPARSE = {"auto": {"dense_if_faster": False}}
@@ -183,7 +185,10 @@ class Runner:
             # compiles what batches of this size need, in few steps
             self.generate(self.test, "latent", num_inference_steps=8)
             seconds, frames = self.timed(self.test)
-            report = handle.report()
+            report, grid = handle.report(), handle._installed[0].state.call.grid
+        blocks = block_of_tokens(grid, config.order, config.block_size)
+        each = self.pipe.vae_scale_factor_temporal
+        edges = [seams(clips, blocks, each) for clips in (frames, self.test.dense)]
         with self.enabled(config, measure=True) as handle:
             velocity_error = self.trajectory.error()
             kept_mass = handle.report().kept_mass
@@ -196,6 +201,7 @@ class Runner:
             "density": report.density,
             "kept_mass": kept_mass,
             "velocity_error": velocity_error,
+            "seams": None if None in edges else edges[0] / edges[1],
             "peak_cache_bytes": report.peak_cache_bytes,
             **more,
         }
@@ -213,8 +219,6 @@ class Runner:
             "ssim": mean([m.ssim for m in metrics]),
             "lpips": None if None in lpips else mean(lpips),
             "flicker": flicker(frames) / max(flicker(self.test.dense), 1e-9),
-            "seams": seams(frames, self.token_pixels())
-            / seams(self.test.dense, self.token_pixels()),
             "prompt_following": self.followed(frames),
             "prompts": len(self.test.prompts) // self.test.seeds,
             "seeds": self.test.seeds,
@@ -225,11 +229,6 @@ class Runner:
         each = self.pipe.vae_scale_factor_temporal  # HunyuanVideo's shows every frame so often
         video = frames[:, ::each].permute(0, 1, 4, 2, 3) * 2 - 1
         return accuracy(predict(self.checker, video), self.test.labels)
-
-    def token_pixels(self):
-        patch = self.pipe.transformer.config.patch_size
-        patch = patch if isinstance(patch, int) else patch[-1]
-        return self.pipe.vae_scale_factor_spatial * patch
 
 
 @contextmanager
@@ -285,11 +284,37 @@ def flicker(frames):
     return float((frames[:, 2:] - 2 * frames[:, 1:-1] + frames[:, :-2]).abs().mean())
 
 
-def seams(frames, pixels):
-    """Mean step between pixels on two sides of a token's edge, over that inside of tokens."""
-    steps = (frames[..., 1:, :] - frames[..., :-1, :]).abs().mean((0, 1, 2, 4))  # (W - 1,)
-    edge = torch.arange(1, len(steps) + 1) % pixels == 0
-    return float(steps[edge].mean() / steps[~edge].mean().clamp_min(1e-9))
+def block_of_tokens(grid, order, block_size):
+    """The block that each token of the video lies in, (T, H, W)."""
+    _, place = token_order(grid, order, block_size)
+    before = grid.text_tokens if grid.text_first else 0
+    return ((place + before) // block_size).view(grid.frames, grid.height, grid.width)
+
+
+def seams(frames, blocks, each):
+    """Mean step between pixels across edges of blocks, over that across other edges of tokens.
+
+    Args:
+        frames: (N, F, Y, X, 3), `each` of them for a frame of tokens after the first.
+        blocks: of each token, (T, H, W).
+
+    Returns:
+        None where all edges, or none, are those of blocks.
+    """
+    of_frame = (torch.arange(frames.shape[1]) + each - 1) // each
+    across, inside = [], []
+    for axis in (2, 3):
+        pixels = frames.shape[axis] // blocks.shape[axis - 1]
+        other = frames.shape[5 - axis] // blocks.shape[4 - axis]
+        step = frames.diff(dim=axis).abs().mean((0, 4)).movedim(axis - 1, -1)  # (F, other, -1)
+        step = step[..., pixels - 1 :: pixels].unflatten(1, (-1, other)).mean(2).cpu()
+        apart = blocks.movedim(axis - 1, -1).diff(dim=-1)[of_frame] != 0
+        across.append(step[apart])
+        inside.append(step[~apart])
+    across, inside = torch.cat(across), torch.cat(inside)
+    if not len(across) or not len(inside):
+        return None
+    return float(across.mean() / inside.mean().clamp_min(1e-9))
 
 
 def mean(values):
@@ -460,10 +485,9 @@ def paired(records, baseline=BASELINE):
         of_prompts = (
             torch.tensor(differences, dtype=torch.float64).view(-1, record["seeds"]).mean(1)
         )
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(of_prompts), (RESAMPLES, len(of_prompts)), generator=generator)
-        level = 0.05 / len(pairs) / 2
-        bounds = of_prompts[drawn].mean(1).quantile(torch.tensor([level, 1 - level]).double())
+        level = 0.05 / sum(key[:2] == other_key[:2] for _, _, other_key in pairs) / 2
+        means, ends = resampled(len(of_prompts)) @ of_prompts, torch.tensor([level, 1 - level])
+        bounds = means.quantile(ends.double())
         found.append({
             "pipeline": record["pipeline"],
             "size": record["size"],
@@ -474,6 +498,15 @@ def paired(records, baseline=BASELINE):
             "interval": bounds.tolist(),
         })  # fmt: skip
     return found
+
+
+@cache
+def resampled(prompts):
+    """How much of each prompt is in each resample, (RESAMPLES, prompts); the same for all pairs."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
+    counts = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / prompts
 
 
 def draw(result, path):

@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
 
 import pareto  # noqa: E402
 
+from dit_sparse import VideoGrid  # noqa: E402
 from dit_sparse.patterns import method_class  # noqa: E402
 
 FIELDS = {"pipeline", "size", "method", "effective_cost", "effective_time", "density", "psnr"}
@@ -116,15 +117,22 @@ def test_paired_differences_are_over_prompts():
         place = {"pipeline": "a", "size": "b", "budgets": [0.5], "seeds": 2}
         return place | {"method": method, "psnr_per_clip": values}
 
-    records = [record("adaspa", [20.0, 22.0, 30.0, 30.0]), record("window", [19.0, 21.0, 28.0, 28])]
+    records = [record("auto", [20.0, 22.0, 30.0, 30.0]), record("window", [19.0, 21.0, 28.0, 28])]
     (found,) = pareto.paired(records)
     assert found["psnr"] == -1.5 and found["interval"] == [-2.0, -1.0]
 
 
 def test_seams_and_flicker():
-    flat = torch.rand(1, 4, 8, 1, 3).expand(1, 4, 8, 16, 3)
-    stepped = flat + (torch.arange(16) // 4).view(1, 1, 1, 16, 1) + torch.rand(16, 1) * 0.01
-    assert pareto.seams(stepped, 4) > 50
+    """Tokens of 4 x 4 pixels in 3 frames of 4 x 8 tokens, 2 frames of pixels for each but one."""
+    grid = VideoGrid(3, 4, 8)
+    video = 1 + torch.rand(2, 5, 16, 32, 3) * 0.01
+    for order in ("raster", "curve"):
+        blocks = pareto.block_of_tokens(grid, order, 16)
+        assert blocks.flatten().bincount().tolist() == [16] * 6
+        shown = blocks.repeat_interleave(4, 1).repeat_interleave(4, 2)[[0, 1, 1, 2, 2]]
+        assert pareto.seams(video, blocks, 2) == pytest.approx(1, abs=0.2)
+        assert pareto.seams(video + shown[None, ..., None] % 2, blocks, 2) > 50
+    assert pareto.seams(video, torch.zeros_like(blocks), 2) is None
     assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0
 
 

@@ -41,7 +41,7 @@ def sample_of(transformer: nn.Module) -> Marks:
     return {}
 
 
-def is_readable(weight: torch.Tensor | None) -> bool:
+def is_readable(weight: torch.Tensor) -> bool:
     """Whether it is here (not on "meta"), and not packed by a quantiser."""
     plain = type(weight) in (nn.Parameter, torch.Tensor)
     return plain and weight.is_floating_point() and weight.device.type != "meta"
@@ -75,7 +75,7 @@ def refuse_other_model(what: str, marks: Sequence[Marks], transformers: Sequence
                     f" one has {given[name]}; calibrate on yours"
                 )
         weight = dict(transformer.named_parameters()).get(mark.get("name"))
-        if is_readable(weight):
+        if weight is not None and is_readable(weight):
             mine, theirs = torch.tensor(mark["weight"]), torch.tensor(numbers_of(weight))
             if not (theirs - mine).norm() <= MOST_APART * mine.norm():
                 raise ValueError(
