@@ -14,7 +14,7 @@ tuning lies beside the results and goes on. All prompts and seeds of a setting g
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
 has a threshold in place of searches, and its search is offline, so not in its cost; token order
 and block size are each method's own default. `velocity_error` and kept mass are of single steps,
-from dense's latents (velocity.py).
+from dense's latents of the tuning prompts (velocity.py). One test prompt is a tuning prompt, too.
 
 On a GPU the transformer's blocks are compiled, dense attention too. `--settings-of FILE` scores
 what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing.
