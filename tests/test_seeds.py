@@ -21,7 +21,7 @@ from dit_sparse import (
 )
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.grid import token_order
-from dit_sparse.patterns import score, select
+from dit_sparse.patterns import rettention, score, select
 from dit_sparse.patterns.correct import apply_correction, measure_correction
 from dit_sparse.patterns.search import Search
 
@@ -212,6 +212,29 @@ def test_a_clamped_ramp_leaves_weights_that_sum_to_one():
     close(apply_correction(ones, weights, 0.04, clamp=False), ones * 1.04)
 
 
+def test_rettention_adds_nothing_at_the_first_step_after_a_search_and_the_ramp_at_each_later():
+    dense, sparse, _ = dense_and_sparse()
+    correction = measure_correction(*dense, *sparse)
+    config = Rettention(clamp=False)
+    for age, added in ((0, 0.0), (1, 0.0), (2, 0.04), (3, 0.08), (4, 0.12)):
+        rho = (correction.rho + added).transpose(1, 2).unsqueeze(-1)
+        close(config.corrected(sparse[0], correction, age), rho * sparse[0] + correction.residual)
+
+
+def test_the_ramp_of_rettention_starts_anew_at_each_search(monkeypatch):
+    added = []
+
+    def apply(sparse, correction, ramp, clamp):
+        added.append(ramp)
+        return apply_correction(sparse, correction, ramp, clamp)
+
+    monkeypatch.setattr(rettention, "apply_correction", apply)
+    pipe = tiny_wan()
+    enable_sparse_attention(pipe, "rettention", block_size=BLOCK, search_at=(0.2, 0.7))
+    generate(pipe, steps=10, guidance=1.0)  # searches at steps 2 and 7
+    assert added[::2] == added[1::2] == pytest.approx([0, 0.04, 0.08, 0.12, 0, 0.04])  # two layers
+
+
 # ---------------------------------------------------------------------------------------- methods
 
 
@@ -242,7 +265,29 @@ def test_draftattention_keeps_the_largest_entries_of_the_map():
         .ge(scores.masked_fill(found.mask, 0).flatten(2).amax(-1).flatten())
         .all()
     )
-    assert DraftAttention(density=0.05).find(search).mask.any(-1).all()  # no starved row
+
+
+def test_draftattention_keeps_the_best_blocks_of_a_row_that_its_map_would_starve():
+    search = make_search(VideoGrid(5, 8, 16))  # 5 blocks
+    search.query[:, 128:256] *= 0.01  # every entry of this row is near 1/5
+    options = {"density": 0.12, "own_block": False}  # 3 entries of 25
+    starved = DraftAttention(row_floor=0, **options).find(search).mask
+    assert not starved[..., 1, :].any() and starved.sum((-1, -2)).eq(3).all()
+    scores, _ = score.pooled_map(search, 128)
+    for floor in (1, 2):
+        mask = DraftAttention(row_floor=floor, **options).find(search).mask
+        assert mask.sum(-1).eq(floor).all()
+        assert mask.gather(-1, scores.topk(floor, -1).indices).all()
+
+
+def test_the_window_of_rettention_is_as_wide_as_time_scale_says():
+    search = make_search(VideoGrid(6, 4, 32))  # a block of 32 is one of four rows of a frame
+    frame, row = torch.arange(24) // 4, torch.arange(24) % 4
+    options = {"block_size": BLOCK, "order": "raster"}
+    mask = Rettention(density=6 / 24, **options).find(search).mask
+    assert mask[0, 0].equal(row[:, None] == row)  # at the same place in every frame
+    mask = Rettention(density=4 / 24, time_scale=100.0, **options).find(search).mask
+    assert mask[0, 0].equal(frame[:, None] == frame)
 
 
 @pytest.mark.parametrize("config", [DraftAttention(), DFSAttn(), Rettention()])

@@ -51,6 +51,16 @@ def test_masks_of_the_modes():
     assert stripes.equal((halves == 0).expand(8, -1) | torch.eye(8, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_the_multi_diagonal_mode_goes_by_space_and_then_by_time(density):
+    grid = VideoGrid(6, 4, 32)  # a block of 32 is one of four rows of a frame
+    mask = mode_masks(grid, "raster", 32, density, True, CPU)[MODES.index("multi-diagonal")]
+    for i in range(24):
+        apart = [(abs(j % 4 - i % 4), abs(j // 4 - i // 4)) for j in range(24)]
+        kept = [apart[j] for j in mask[i].nonzero().flatten().tolist()]
+        assert sorted(kept) == sorted(apart)[: round(24 * density)]
+
+
 def test_relative_errors_and_the_choice_equal_a_loop():
     dense, *outputs = torch.randn(4, 2, 10, 3, 4)
     found = relative_errors(outputs, dense)
