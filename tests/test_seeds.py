@@ -28,6 +28,12 @@ from dit_sparse.patterns.search import Search
 GRID = VideoGrid(3, 7, 9, text_tokens=11)  # 189 + 11 tokens: blocks of 32 are ragged
 BLOCK = 32
 CPU = torch.device("cpu")
+ADASPA_GRIDS = [
+    VideoGrid(5, 8, 8),
+    VideoGrid(3, 7, 13, text_tokens=40),
+    VideoGrid(3, 7, 13, text_tokens=40, text_first=True),
+    VideoGrid(6, 7, 9, text_tokens=5, conditioning_frames=1),
+]
 
 
 def make_search(grid=GRID, batch=2, heads=2, dim=16, lengths=None, **more):
@@ -298,13 +304,85 @@ def test_text_and_own_blocks_are_kept(config):
     assert mask.diagonal(dim1=-2, dim2=-1).all()
 
 
-def test_adaspa_sampled_is_adaspas_rule_on_the_sampled_mass():
-    search, config = make_search(), AdaSpaSampled(density=0.3, block_size=BLOCK)
-    mass, cost = score.sampled_rows(search, BLOCK)
-    rule = AdaSpa(density=0.3, block_size=BLOCK)
-    object.__setattr__(rule, "score", lambda _: (mass, cost))
-    found, expected = config.find(replace(search, lse=None)), rule.find(search)
-    assert torch.equal(found.mask, expected.mask) and found.cost == cost == 0.125
+def mass_by_loops(search, sample, head, every=1):
+    """Sums of exp(q.k / sqrt(D) - LSE) over the pairs of a block, (N, N) float64.
+
+    With `every` above 1 the middle row of so many stands for them, with a LSE of its own.
+    """
+    query, key = search.query[sample, :, head].double(), search.key[sample, :, head].double()
+    blocks = search.grid.num_blocks(BLOCK)
+    mass = torch.zeros(blocks, blocks, dtype=torch.double)
+    for first in range(0, len(query), every):
+        row = min(first + every // 2, len(query) - 1)
+        logits = key @ query[row] / query.shape[-1] ** 0.5
+        lse = logits.exp().sum().log() if every > 1 else search.lse[sample, head, row]
+        for j, part in enumerate((logits - lse).exp().split(BLOCK)):
+            mass[first // BLOCK, j] += part.sum()
+    return mass
+
+
+def adaspa_by_loops(masses, grid, config):
+    """The masks of one sample's heads and the shares of mass inside them."""
+    blocks, heads = len(masses[0]), len(masses)
+    given = (*range(*grid.text_span), *range(*grid.conditioning_span))
+    sinks = {token // BLOCK for token in given}
+
+    def mask_of(mass, density):
+        mask = torch.zeros(blocks, blocks, dtype=torch.bool)
+        for i in range(blocks):
+            always = set(range(blocks)) if i in sinks else sinks | {i}
+            rest = sorted(set(range(blocks)) - always, key=lambda j: -mass[i, j])
+            more = max(round(density * blocks) - len(always), 0)
+            for j in (*always, *rest[:more]):
+                mask[i, j] = True
+        return mask
+
+    def recall(mass, mask):
+        return sum(row[kept].sum() / row.sum() for row, kept in zip(mass, mask)) / blocks
+
+    density = dict.fromkeys(range(heads), config.density)
+    if config.head_adaptive and config.density <= 2 / 3:
+        found = [recall(mass, mask_of(mass, config.density)) for mass in masses]
+        ranked = sorted(range(heads), key=lambda h: -found[h])
+        count = min(sum(r > config.recall_threshold for r in found), heads // 2)
+        for h in range(count):
+            density[ranked[h]] *= 1 / 2
+            density[ranked[-1 - h]] *= 3 / 2
+    masks = [mask_of(mass, density[h]) for h, mass in enumerate(masses)]
+    return torch.stack(masks), torch.stack([recall(*x) for x in zip(masses, masks)])
+
+
+def search_of_uneven_heads(grid):
+    """Five heads, some spread and some with few heavy blocks; the log-sum-exp is out of date."""
+    search = make_search(grid, heads=5)
+    of_blocks = torch.randn(2, 2, grid.num_blocks(BLOCK), 5, 16).repeat_interleave(BLOCK, 2)
+    for x, more in zip((search.query, search.key), of_blocks):
+        x.add_(more[:, : grid.tokens] * 2)
+    search.query.mul_(torch.tensor([0.2, 0.6, 0.02, 0.3, 0.1]).view(5, 1))
+    _, lse = dense_attention_with_lse(search.query, search.key, search.key)
+    return replace(search, lse=lse + torch.randn_like(lse) / 2)
+
+
+@pytest.mark.parametrize("grid", ADASPA_GRIDS)
+@pytest.mark.parametrize(
+    "method, every, cost", [(AdaSpa, 1, 0.5), (AdaSpaSampled, 8, 0.125)], ids=["exact", "sampled"]
+)
+def test_adaspa_equals_loops_over_its_equations(method, every, cost, grid):
+    search = search_of_uneven_heads(grid)
+    masses = [[mass_by_loops(search, i, head, every) for head in range(5)] for i in range(2)]
+    for options in (
+        {"density": 0.4, "recall_threshold": 0.0},  # all heads are above it
+        {"density": 0.4, "recall_threshold": 0.7},
+        {"density": 0.4, "recall_threshold": 1.0},  # none is
+        {"density": 0.4, "recall_threshold": 0.0, "head_adaptive": False},
+        {"density": 0.7, "recall_threshold": 0.0},  # no room for a denser level
+    ):
+        config = method(block_size=BLOCK, **options)
+        found = config.find(search if config.uses_lse else replace(search, lse=None))
+        expected = [adaspa_by_loops(of_heads, grid, config) for of_heads in masses]
+        assert found.mask.equal(torch.stack([masks for masks, _ in expected]))
+        close(found.kept_mass, sum(shares for _, shares in expected) / 2)
+        assert found.cost == pytest.approx(cost, rel=0.03)
 
 
 def test_adaspa_sampled_needs_no_dense_step_and_keeps_no_log_sum_exp():
