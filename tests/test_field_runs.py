@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import generate, make
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from test_field import BLOCK, FIELD
 from test_pareto import FIELDS, arguments
@@ -14,7 +15,7 @@ from tiny import tiny_wan
 from tiny_joint import PIPELINES
 from typer.testing import CliRunner
 
-from dit_sparse import SeerAttention, enable_sparse_attention
+from dit_sparse import SeerAttention, available_methods, enable_sparse_attention
 from dit_sparse.cli import app
 from dit_sparse.patterns.left_out import LEFT_OUT
 
@@ -25,6 +26,10 @@ import pareto  # noqa: E402
 CALL = {"num_inference_steps": 3, "output_type": "latent"}
 WAN = {"prompt": "a red ball", "height": 96, "width": 96, "num_frames": 9}
 SMALL_GRID = {"biformer": {"region": 1}, "misa": {"region": 1}}
+WITHOUT_A_FILE = [
+    name for name in available_methods() if name not in ("sparse-vdit", "seerattention")
+]
+SPARSE_AT_ALL = {"auto": {"dense_if_faster": False}, "sparge": {"similarity": -1}} | SMALL_GRID
 
 
 @cache
@@ -50,6 +55,31 @@ def test_methods_run_on_all_families(method, family):
     assert 0 < report.peak_cache_bytes <= report.planned_cache_bytes
     reuse = [e["density"] for e in report.trace if e["kind"] == "reuse"]
     assert bool(reuse) != FIELD[method].every_step
+
+
+@cache
+def pipeline_and_its_latents(family):
+    pipe = make(family)
+    return pipe, generate(pipe, family, num_inference_steps=3)
+
+
+@pytest.mark.parametrize("family", ["LTX-Video", "SkyReels-V2"])
+@pytest.mark.parametrize("method", WITHOUT_A_FILE)
+@torch.no_grad()
+def test_methods_run_on_ltx_video_and_skyreels_and_are_undone(method, family):
+    pipe, stock = pipeline_and_its_latents(family)
+    options = {"density": 0.4, "block_size": BLOCK, "search_at": (0.34,)}
+    options |= SPARSE_AT_ALL.get(method, {})
+    with enable_sparse_attention(pipe, method, **options) as handle:
+        sparse = generate(pipe, family, num_inference_steps=3)
+        report = handle.report()
+    assert 1e-4 < (sparse - stock).abs().max() / stock.abs().max() < 0.1
+    a_step = 2 if family == "LTX-Video" else 4  # two layers; both branches in one call, or not
+    kinds = [entry["kind"] for entry in report.trace]
+    then = "search" if available_methods()[method].every_step else "reuse"
+    assert kinds == [kind for kind in ("dense", "search", then) for _ in range(a_step)]
+    assert 0 < report.density < 1 and 0 < report.peak_cache_bytes <= report.planned_cache_bytes
+    assert generate(pipe, family, num_inference_steps=3).equal(stock)
 
 
 @pytest.mark.parametrize("method", FIELD)

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_field import FIELD
 from test_joint_pipelines import ALL_KEPT, SPARSE, STEPS, apart, latents
 from test_wan import leftovers
 from tiny_ltx_video import ltx_call, ltx_pipeline, ltx_video
@@ -100,12 +99,3 @@ def test_tokens_placed_by_coordinates_are_refused():
             torch.ones(1, 12),
             video_coords=torch.rand(1, 3, 40),
         )
-
-
-@torch.no_grad()
-def test_methods_of_the_field_run():
-    pipe, call = ltx_pipeline("LTXPipeline"), ltx_call(1, True)
-    for method in ("svg", "llsa", "rtpurbo"):
-        with enable_sparse_attention(pipe, FIELD[method](density=0.4, block_size=32)) as handle:
-            assert latents(pipe, call).isfinite().all()
-            assert handle.report().search_calls > 0
