@@ -131,7 +131,8 @@ def nearness(grid: VideoGrid, order: str, block_size: int, time_scale: float = 1
     """
     centres = block_centres(grid, order, block_size)
     centres[:, 0] *= time_scale
-    return -torch.cdist(centres, centres)[None, None]
+    exact = "donot_use_mm_for_euclid_dist"  # products round by more than SPACE_FIRST
+    return -torch.cdist(centres, centres, compute_mode=exact)[None, None]
 
 
 def block_centres(grid: VideoGrid, order: str, block_size: int) -> Tensor:
