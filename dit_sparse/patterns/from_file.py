@@ -2,11 +2,20 @@
 
 import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import NoReturn
 
 from ..config import SparseConfig
 
 SUFFIX = ".py"
+
+
+class Uncached(SourceFileLoader):
+    """Without bytecode, whose cache takes two edits within a second for one."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        raise OSError
 
 
 def method_in_file(path: str) -> type[SparseConfig]:
@@ -19,12 +28,12 @@ def method_in_file(path: str) -> type[SparseConfig]:
     if not file.is_file():
         raise ValueError(f"no file {path}: a method is a known name or a Python file with a rule")
     name = f"dit_sparse_rule_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
+    loader = Uncached(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    # not by the loader, whose bytecode cache takes two edits within a second for one
-    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    spec.loader.exec_module(module)
     found = [value for value in vars(module).values() if is_rule(value, name)]
     if len(found) != 1:
         names = ", ".join(rule.__name__ for rule in found) or "none"
