@@ -128,7 +128,7 @@ def run_target(runner, target, result, args):
             continue
         result["records"].append(runner.score(name, config, budgets=[target]))
         say(result["records"][-1])
-        save(args.out, result, baseline="auto")
+        save(args.out, result)
 
 
 def prepare(runner, result):

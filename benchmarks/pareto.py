@@ -63,14 +63,14 @@ SPACINGS = (1.5,)  # ever further apart; 1 is evenly
 EPSILONS = (0.15, 0.3, 0.6)  # of Sparse-vDiT, in place of searches
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 TUNED_BY_RUNS = "sparse-vdit", "seerattention"  # their settings name files that runs make
-BASELINE = "auto"
+BASELINES = "auto", "adaspa"  # of paired differences, the first that was run
 RESAMPLES = 200_000  # the tails of many intervals at once
 DENSE = AdaSpa(density=1.0)
 # Videos this small stand for larger ones: `auto` would rather run them dense on a GPU.
 RUNS_SPARSE = {"auto": {"dense_if_faster": False}}
 MOST_TIME = 1.5  # that is drawn, of dense attention's
 SEEDS = "adaspa", "draftattention", "rettention", "sparse-vdit"
-LINES = {"auto": {"linewidth": 3}} | dict.fromkeys(SEEDS, {"linewidth": 1.8})  # others are thin
+DRAWN = {"auto": {"linewidth": 3}} | dict.fromkeys(SEEDS, {"linewidth": 1.8})  # others are thin
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR in means
 
 
@@ -201,7 +201,7 @@ class Runner:
             "density": report.density,
             "kept_mass": kept_mass,
             "velocity_error": velocity_error,
-            "seams": None if None in edges else edges[0] / edges[1],
+            "seams": None if None in edges else edges[0] / max(edges[1], 1e-9),
             "peak_cache_bytes": report.peak_cache_bytes,
             **more,
         }
@@ -299,8 +299,11 @@ def seams(frames, blocks, each):
         blocks: of each token, (T, H, W).
 
     Returns:
-        None where all edges, or none, are those of blocks.
+        None where all edges, or none, are those of blocks, or tokens are no whole pixels or frames.
     """
+    _, shown, *pixels = frames.shape[:4]
+    if shown != 1 + (len(blocks) - 1) * each or any(map(int.__mod__, pixels, blocks.shape[1:])):
+        return None
     of_frame = (torch.arange(frames.shape[1]) + each - 1) // each
     across, inside = [], []
     for axis in (2, 3):
@@ -471,12 +474,15 @@ def lines(runner):
     return found
 
 
-def paired(records, baseline=BASELINE):
-    """PSNR of each method minus the baseline's within the same budget; prompts are resampled.
+def paired(records):
+    """PSNR of each method minus that of `auto`, or AdaSpa, within the same budget; prompts are
+    resampled.
 
     Intervals hold together: 95% for all comparisons of a pipeline at once (Bonferroni).
     """
     at = [(r, (r["pipeline"], r["size"], b)) for r in records for b in r.get("budgets", ())]
+    ran = {r["method"] for r in records}
+    baseline = next((name for name in BASELINES if name in ran), None)
     base = {key: r for r, key in at if r["method"] == baseline}
     pairs = [(r, base[key], key) for r, key in at if r["method"] != baseline and key in base]
     found = []
@@ -537,7 +543,7 @@ def draw(result, path):
                 look = {"color": plt.cm.tab10(index % 10), "marker": "osD^vP"[index // 10 % 6]}
                 mine = [r for r in mine if r[x] is not None]
                 tuned = sorted((r[x], r["psnr"]) for r in mine if "budgets" in r)
-                look |= LINES.get(method, {"linewidth": 0.8, "alpha": 0.5, "markersize": 4})
+                look |= DRAWN.get(method, {"linewidth": 0.8, "alpha": 0.5, "markersize": 4})
                 x_and_y = zip(*tuned) if tuned else ((), ())
                 axis.plot(*x_and_y, label=method, **look)
                 hollow = [(r[x], r["psnr"]) for r in mine if r.get("published")]
@@ -589,8 +595,8 @@ def join(result, path):
     result.setdefault("environment", other["environment"])
 
 
-def save(path, result, baseline=BASELINE):
-    result["paired"] = paired(result["records"], baseline)
+def save(path, result):
+    result["paired"] = paired(result["records"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")

@@ -119,6 +119,7 @@ def test_paired_differences_are_over_prompts():
 
     records = [record("auto", [20.0, 22.0, 30.0, 30.0]), record("window", [19.0, 21.0, 28.0, 28])]
     (found,) = pareto.paired(records)
+    assert pareto.paired([records[0] | {"method": "adaspa"}, records[1]])[0]["minus"] == "adaspa"
     assert found["psnr"] == -1.5 and found["interval"] == [-2.0, -1.0]
 
 
@@ -133,6 +134,9 @@ def test_seams_and_flicker():
         assert pareto.seams(video, blocks, 2) == pytest.approx(1, abs=0.2)
         assert pareto.seams(video + shown[None, ..., None] % 2, blocks, 2) > 50
     assert pareto.seams(video, torch.zeros_like(blocks), 2) is None
+    assert (
+        pareto.seams(video[:, :4], blocks, 2) is pareto.seams(video[..., 1:, :], blocks, 2) is None
+    )
     assert pareto.flicker(torch.arange(4.0).view(1, 4, 1, 1, 1)) == 0
 
 

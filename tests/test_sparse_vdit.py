@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import not_in_0_36
 from diffusers import WanPipeline, WanTransformer3DModel
 from test_wan import generate, leftovers
 from tiny import save_tiny_wan, tiny_folder, tiny_wan
@@ -21,6 +22,7 @@ from dit_sparse.calibrate import ModeSearch, calibrate, relative_errors
 from dit_sparse.cli import app
 from dit_sparse.distil import Distillation, distil
 from dit_sparse.patterns.mode_table import load_mode_table
+from dit_sparse.patterns.model_marks import marks_of, readable_weights
 from dit_sparse.patterns.sparse_vdit import MODES, mode_masks
 
 CPU = torch.device("cpu")
@@ -175,11 +177,33 @@ def test_a_model_of_the_same_size_is_refused_unless_it_is_a_variant(tmp_path, ch
             switch_on()
 
 
+@not_in_0_36
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_weights_on_disk_are_not_compared(tmp_path, kind):
+    """What stands in for them in memory is not initialised."""
+    pipe, call = text_to_video()
+    run = partial(generate_wan, pipe, call, steps=2)
+    with torch.no_grad():
+        table = made(pipe, tmp_path, run)
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type=kind,
+        offload_to_disk_path=str(tmp_path / "weights"), **groups,
+    )  # fmt: skip
+    enable(pipe, table)
+    assert readable_weights(pipe.transformer) == {}
+    assert "name" not in marks_of([pipe.transformer])[0]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"schema": 1},
         {"models": [{}]},
+        {"models": 3},
+        {"models": [{"settings": {}, "name": "a"}]},
+        {"models": [{"settings": {}, "name": "a", "weight": [1.0]}]},
+        {"models": [{"settings": {}, "name": "a", "weight": [1e300] * 16}]},
         {"kind": "pickle"},
         {"modes": {}},
         {"modes": {"cond": [["01"]]}},

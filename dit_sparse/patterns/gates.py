@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import block_pool
-from .model_marks import Marks
+from .model_marks import Marks, check_marks
 
 KIND, SCHEMA = "seerattention gates", 1
 
@@ -82,6 +82,7 @@ def _load(file: Path, changed: int) -> Gates:
             facts = json.loads((opened.metadata() or {})["dit_sparse"])
             if (facts["kind"], facts["schema"]) != (KIND, SCHEMA):
                 raise ValueError(f"it does not say {KIND!r}, schema {SCHEMA}")
+            check_marks(facts.get("models", []))
             query, key = opened.get_tensor("query"), opened.get_tensor("key")
             return Gates(query, key, facts["order"], facts["block_size"], facts.get("models", []))
     except (OSError, KeyError, ValueError, SafetensorError) as error:

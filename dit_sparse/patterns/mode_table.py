@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .model_marks import Marks, refuse_other_model
+from .model_marks import Marks, check_marks, refuse_other_model
 
 SCHEMA = 2
 KIND = "sparse-vdit mode table"
@@ -121,8 +121,7 @@ def _load(file: Path, changed: int, modes: int) -> ModeTable:
 def _check(table: ModeTable, modes: int) -> None:
     if not table.modes:
         raise ValueError("it has no branch")
-    if not all(isinstance(mark["settings"], dict) for mark in table.models):
-        raise ValueError("its models have no settings")
+    check_marks(table.models)
     known = set("0123456789"[:modes])
     for branch, steps in table.modes.items():
         if len(steps) != table.num_steps or any(len(rows) != table.layers for rows in steps):
