@@ -301,10 +301,11 @@ def seams(frames, blocks, each):
     Returns:
         None where all edges, or none, are those of blocks, or tokens are no whole pixels or frames.
     """
-    _, shown, *pixels = frames.shape[:4]
-    if shown != 1 + (len(blocks) - 1) * each or any(map(int.__mod__, pixels, blocks.shape[1:])):
+    _, shown, height, width = frames.shape[:4]
+    steps, rows, columns = blocks.shape
+    if shown != 1 + (steps - 1) * each or height % rows or width % columns:
         return None
-    of_frame = (torch.arange(frames.shape[1]) + each - 1) // each
+    of_frame = (torch.arange(shown) + each - 1) // each
     across, inside = [], []
     for axis in (2, 3):
         pixels = frames.shape[axis] // blocks.shape[axis - 1]
@@ -726,17 +727,17 @@ def main(arguments=None):
         for method in left:
             try:
                 with claim(args.claims, *place, method) as ours:
-                    if ours:
-                        put_in(own, run_method(runner, method, args.budgets, grid))
-                        save(path, own)  # before the claim is done, and its tuning gone
-                        if not args.settings_of:
-                            tuned_file(runner, method).unlink(missing_ok=True)
-                    else:  # also where it was done over another grid
+                    if not ours:  # also where it was done over another grid
                         print(f"{method} on {runner.name}: claimed in {args.claims}", flush=True)
+                        continue
+                    put_in(own, run_method(runner, method, args.budgets, grid))
+                    save(path, own)  # before the claim is done, and its tuning gone
+                    if not args.settings_of:
+                        tuned_file(runner, method).unlink(missing_ok=True)
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)
-            save(path, own)
+                save(path, own)
     processes.end()
     if processes.first:
         take_in(args, result)
