@@ -143,8 +143,8 @@ class LayerAttention:
         self.state.planned_bytes = max(self.state.planned_bytes, planned)
         if limit is not None and planned > limit:
             raise MemoryError(
-                f"this run would keep {planned / 2**20:.4g} MiB between steps and max_cache_bytes"
-                f" allows {limit / 2**20:.4g} MiB: raise it, or make the batch or video smaller"
+                f"this run would keep {planned / 2**20:.2f} MiB between steps and max_cache_bytes"
+                f" allows {limit / 2**20:.2f} MiB: raise it, or make the batch or video smaller"
                 f" ({self.config.memory})"
             )
         self._tell_of_cost(query)

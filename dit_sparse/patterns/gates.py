@@ -82,9 +82,10 @@ def _load(file: Path, changed: int) -> Gates:
             facts = json.loads((opened.metadata() or {})["dit_sparse"])
             if (facts["kind"], facts["schema"]) != (KIND, SCHEMA):
                 raise ValueError(f"it does not say {KIND!r}, schema {SCHEMA}")
-            check_marks(facts.get("models", []))
+            models = facts.get("models", [])
+            check_marks(models)
             query, key = opened.get_tensor("query"), opened.get_tensor("key")
-            return Gates(query, key, facts["order"], facts["block_size"], facts.get("models", []))
+            return Gates(query, key, facts["order"], facts["block_size"], models)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{file} holds no gates ({error}): make some with `dit-sparse calibrate --method"
