@@ -217,7 +217,7 @@ def test_presets(box):
     chosen = min((t for t in trials if t["psnr"] >= wanted), key=lambda t: t["effective_cost"])
     config, _ = make_config(str(file), {})
     assert config == Auto(**preset.options) == Auto(**chosen["options"])
-    told = table("docs/choosing.md", "[preset](../samples/presets)")[box]
+    told = table("docs/choosing.md", "preset")[f"[{box}](../samples/presets/{box}_h200.json)"]
     assert are(told, chosen["psnr"], chosen["effective_cost"])
 
 
