@@ -6,7 +6,7 @@
 Along dense trajectories, per layer and head, among the video's own keys: softmax mass that the best
 blocks of each row keep, over density; how much less the same number of blocks keeps when chosen
 from pooled queries and keys (along the curve, and in raster order), from 16 of 64 query rows, by
-nearness in space and time, or from an early step; and how much the masks of prompts, heads and
+nearness in space and time, or from an early step (there at the end); and how much the masks of prompts, heads and
 layers have in common. If pooled selection never missed and early masks never aged, all methods
 would look alike. Also draws block maps of every layer and head, and the curves where matplotlib is
 installed.
@@ -49,6 +49,11 @@ def best_blocks(scores, density=DENSITY):
 def kept(mass, mask):
     """Share of the mass inside the mask, one number a head."""
     return (mass * mask).sum(-1).mean(-1).mean(0).tolist()
+
+
+def kept_by(scores, mass):
+    """Share of the mass that the blocks with the best scores keep, at every density."""
+    return {density: kept(mass, best_blocks(scores, density)) for density in DENSITIES}
 
 
 def jaccard(a, b):
@@ -94,23 +99,20 @@ class Probe:
         index = token_order(grid, "curve", BLOCK)[0].to(query.device)
         query, key, lse = query[:, index], key[:, index], lse[..., index]
         mass = normal(block_mass(query, key, lse, (BLOCK, BLOCK)))
-        exact = best_blocks(mass)
-        early = self.early.setdefault(call.branch, exact)
-        near = nearness(grid, "curve", BLOCK).to(mass)[0, 0]
-        masks = {
-            "pooled": best_blocks(pooled_scores(query, key)),
-            "sampled": best_blocks(sampled_mass(query, key, lse)),
-            "window": best_blocks(near),
-            "early": early,
+        scores = {
+            "pooled": pooled_scores(query, key),
+            "sampled": sampled_mass(query, key, lse),
+            "window": nearness(grid, "curve", BLOCK).to(mass)[0, 0],
+            "early": self.early.setdefault(call.branch, mass),
         }
         self.found.rows.append({
             "branch": call.branch,
             "step": call.step,
             "layer": self.layer,
-            "exact": {d: kept(mass, best_blocks(mass, d)) for d in DENSITIES},
+            "exact": kept_by(mass, mass),
             "exact_raster": kept(raster, best_blocks(raster)),
             "pooled_raster": kept(raster, raster_pooled),
-            **{name: kept(mass, mask) for name, mask in masks.items()},
+            **{name: kept_by(scores[name], mass) for name in CHOICES},
         })  # fmt: skip
         if "cond" in call.branch.split("_") and call.step == self.early_step + EVERY:
             self.found.masses[self.layer] = mass[-self.found.prompts :].cpu()
@@ -143,6 +145,10 @@ def summary(rows):
                 for step in range(first, last + 1, EVERY)
             },
             "early_misses_at_the_end": misses(late, "early"),
+            "misses_by_density": {
+                name: {d: misses(late if name == "early" else mine, name, d) for d in DENSITIES}
+                for name in CHOICES
+            },
         }
     heads = [value for layer in layers.values() for value in layer["exact"][DENSITY]]
     names = [*(f"{name}_misses" for name in ("pooled", "pooled_raster", "sampled", "window"))]
@@ -157,6 +163,14 @@ def summary(rows):
             name: [i for i, layer in layers.items() if average([layer[name]]) >= 0.05]
             for name in names
         },
+        "layers_that_lose_5_points_by_density": {
+            name: {
+                d: [i for i, layer in layers.items()
+                    if average([layer["misses_by_density"][name][d]]) >= 0.05]
+                for d in DENSITIES
+            }
+            for name in CHOICES
+        },
         "layers": layers,
     }  # fmt: skip
 
@@ -170,9 +184,9 @@ def average(lists):
     return torch.tensor(list(lists)).mean().item()
 
 
-def misses(rows, name):
+def misses(rows, name, density=DENSITY):
     """Points of mass by which a choice falls short of the exact one, one number a head."""
-    return lost([row["exact"][DENSITY] for row in rows], [row[name] for row in rows])
+    return lost([row["exact"][density] for row in rows], [row[name][density] for row in rows])
 
 
 def lost(best, choice):

@@ -37,6 +37,9 @@ def test_no_choice_beats_the_exact_one(rows):
     layer = structure.summary(rows)["layers"][0]
     for name in ("pooled", "pooled_raster", "sampled", "window"):
         assert min(layer[f"{name}_misses"]) >= 0, name
+    for name, of in layer["misses_by_density"].items():
+        of_all = layer["early_misses_at_the_end" if name == "early" else f"{name}_misses"]
+        assert of[structure.DENSITY] == of_all and min(map(min, of.values())) >= 0, name
     assert layer["early_misses_by_step"][2] == [0, 0]
     assert min(layer["early_misses_by_step"][7]) > 0
     exact = structure.mean(layer["exact"][density] for density in structure.DENSITIES)
