@@ -6,10 +6,10 @@
 Along dense trajectories, per layer and head, among the video's own keys: softmax mass that the best
 blocks of each row keep, over density; how much less the same number of blocks keeps when chosen
 from pooled queries and keys (along the curve, and in raster order), from 16 of 64 query rows, by
-nearness in space and time, or from an early step (there at the end); and how much the masks of prompts, heads and
-layers have in common. If pooled selection never missed and early masks never aged, all methods
-would look alike. Also draws block maps of every layer and head, and the curves where matplotlib is
-installed.
+nearness in space and time, or from an early step (where a density is named, at the last step); and
+how much the masks of prompts, heads and layers have in common. If pooled selection never missed and
+early masks never aged, all methods would look alike. Also draws block maps of every layer and head,
+and the curves where matplotlib is installed.
 """
 
 import argparse
