@@ -12,8 +12,7 @@ A tile holds one whole kv block (64 or 128 keys), so only the last tile can be c
 keys. Launch grid and work order are those of block_sparse_fwd.
 
 Limits: Hopper; bfloat16 and float16; head dim 64 or 128; blocks of 64 or 128; no kv_len. Gluon does
-not run in Triton's interpreter: `block_sparse_fwd_kernel` is its specification, and the tests on a
-GPU compare the two.
+not run in Triton's interpreter; tests/gluon_on_cpu.py runs it without a GPU.
 """
 
 import functools

@@ -1,0 +1,66 @@
+"""The Gluon kernels by tests/gluon_on_cpu.py, which would see what goes wrong in them."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from kernel_cases import CASES, Case, check_attention, gluon_tile
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    pytest.skip("Gluon is of Triton 3.6", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("on a GPU the kernels run themselves", allow_module_level=True)
+
+from gluon_on_cpu import Emulated  # noqa: E402
+
+from dit_sparse.kernels import hopper_fwd  # noqa: E402
+
+SERVED = [case for case in CASES if gluon_tile(case)]
+
+
+def run(monkeypatch, case, module=hopper_fwd):
+    kernel = Emulated(module, "hopper_fwd_kernel")
+    monkeypatch.setattr(hopper_fwd, "hopper_fwd_kernel", kernel)
+    return check_attention(case, "cpu", gluon_tile(case))
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_hopper_fwd_is_as_exact_as_math_attention(monkeypatch, case):
+    run(monkeypatch, case)
+
+
+LOAD_K = "        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)\n"
+LOAD_V = "        load(v, batch, head, start_2, v_shared, v_ready, slot, tile + 2 < tiles)\n"
+WAIT_SCORES = "        scores = warpgroup_mma_wait(1, deps=(scores_token,))\n"
+WAIT_ACC = "        acc = warpgroup_mma_wait(0, deps=(acc_token,))\n"
+WAIT_K = "        mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)\n"
+WAIT_V = "        mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)\n"
+
+
+@pytest.mark.parametrize(
+    "before, after, told",
+    [
+        (WAIT_K, "", "second copy"),
+        (WAIT_V, "", "second copy"),
+        (WAIT_V, WAIT_V.replace("tile //", "1 + tile //"), "second copy"),
+        (LOAD_K, LOAD_K.replace("tiles)", "0)"), "waits for ever"),
+        (WAIT_SCORES, WAIT_SCORES.replace("(1,", "(2,"), "not waited for"),
+        (WAIT_ACC + LOAD_V, LOAD_V + WAIT_ACC, "overwritten"),
+        ("tile + 3 < tiles", "tile + 2 < tiles", "ends before"),
+        ("if tile + 1 == last:", "if tile == last:", "LSE"),
+    ],
+)
+def test_it_sees_what_goes_wrong(monkeypatch, tmp_path, before, after, told):
+    source = Path(hopper_fwd.__file__).read_text()
+    assert source.count(before) == 1
+    path = tmp_path / "changed.py"
+    path.write_text(source.replace(before, after).replace("from .", "from dit_sparse.kernels."))
+    spec = importlib.util.spec_from_file_location("changed", path)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    case = Case("", q_len=70, kv_len=500, kept="all", heads=1, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match=told):
+        run(monkeypatch, case, changed)
