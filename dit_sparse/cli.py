@@ -560,7 +560,8 @@ def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:
     lines: list[str] = []
     if path is not None:
         try:
-            lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+            # -sig: editors on Windows put a mark before the first prompt
+            lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(f"cannot read the prompt file {path}: {reason}") from error

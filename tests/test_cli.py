@@ -15,7 +15,7 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from dit_sparse import available_methods, failure, generation, step
-from dit_sparse.cli import app
+from dit_sparse.cli import app, read_prompts
 from dit_sparse.method_spec import parse_method
 
 SMALL = "adaspa:density=0.5,block_size=32"
@@ -61,6 +61,11 @@ def test_generate_writes_a_video_for_each_prompt_seed_and_method(tmp_path):
     assert result.exit_code == 0, result.output
     saved = json.loads(result.stdout)
     assert len(saved) == 8 and all(Path(entry["video"]).is_file() for entry in saved)
+
+
+def test_prompts_of_a_file_from_windows(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf# two\r\na red circle\r\n\r\na cat\r\n")
+    assert read_prompts(None, tmp_path / "prompts.txt") == ["a red circle", "a cat"]
 
 
 def test_generate_names_its_video_on_stdout_and_is_else_quiet(tmp_path):
