@@ -29,8 +29,10 @@ def compare_videos(
 
     Raises:
         FileNotFoundError: a video is not there.
-        ValueError: a video cannot be read, or differs from the reference in frames or size.
+        ValueError: a video cannot be read, differs from the reference in frames or size, or lies
+            where frames are written.
     """
+    refuse_own_output([reference, *videos], out)
     names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
     write_frames(out / dense["frames"], first.frames)
@@ -78,6 +80,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """File names, or whole paths where two names are the same."""
     names = [path.name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def refuse_own_output(paths: Sequence[Path], out: Path) -> None:
+    written = {(out / entry(number, "")["frames"]).resolve() for number in range(len(paths))}
+    for path in paths:
+        place = path.expanduser().resolve()
+        if written & {place, *place.parents}:
+            raise ValueError(f"{path} lies where frames are written: name another --out")
 
 
 def refuse_other_shape(path: Path, video: Video, reference: Path, first: Video) -> None:

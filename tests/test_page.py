@@ -271,3 +271,12 @@ def test_videos_that_cannot_be_compared_are_refused(tmp_path):
     expected = {"short": "5 frames", "text.mp4": "read as", "empty": "no images", "none": "no "}
     for name, words in expected.items():
         assert words in refused(2, "compare-videos", tmp_path / "a", tmp_path / name, *out)
+
+
+def test_frames_that_would_be_written_over_are_refused(tmp_path):
+    frames = [tmp_path / "frames" / name for name in ("00", "01")]
+    for seed, folder in enumerate(frames):
+        write_frames(folder, tiny_frames(seed))
+    line = refused(2, "compare-videos", *reversed(frames), "-o", tmp_path)
+    assert "name another --out" in line and not (tmp_path / "report.json").exists()
+    assert np.array_equal(read_video(frames[0]).frames, tiny_frames(0))
