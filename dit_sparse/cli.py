@@ -696,7 +696,7 @@ def kept_by(comparison: "Comparison") -> str:
 def show_comparison(report: dict[str, Any], out: Path) -> None:
     from .table import print_table
 
-    print_table(report, Console())
+    print_table(report, Console(markup=False))  # names may hold [brackets]
     for sheet in dict.fromkeys(run["sheet"] for run in report["runs"] if run.get("sheet")):
         print(f"sheet:  {out / sheet}")
     print(f"data:   {out / 'report.json'}")

@@ -250,8 +250,8 @@ def test_compare_videos_measures_and_shows_them(tmp_path):
     frames = tiny_frames(0)
     write_frames(tmp_path / "a", frames)
     write_frames(tmp_path / "b", frames)
-    write_mp4(tmp_path / "c.mp4", frames, 8)
-    names = [tmp_path / name for name in ("a", "b", "c.mp4")]
+    write_mp4(tmp_path / "c [old].mp4", frames, 8)
+    names = [tmp_path / name for name in ("a", "b", "c [old].mp4")]
     result = invoke("compare-videos", *names, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     same, other = json.loads(result.stdout)["runs"]
@@ -260,6 +260,7 @@ def test_compare_videos_measures_and_shows_them(tmp_path):
     assert data["cells"][0]["runs"][1]["dense_label"] == "a" and all(data["clips"])
     result = invoke("compare-videos", *names, "-o", tmp_path / "out")
     assert "PSNR" in result.stdout and "density" not in result.stdout
+    assert "c [old].mp4" in result.stdout
 
 
 def test_videos_that_cannot_be_compared_are_refused(tmp_path):
