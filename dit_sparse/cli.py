@@ -160,11 +160,9 @@ def rebuild_report(
 ) -> None:
     """One page, report.html, from one or several finished comparisons."""
     with told(USAGE, debug):
-        from .generation import prepare_folder
         from .page import write_page
 
         out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-        prepare_folder(out.parent)
         page = write_page(folders, out)
     print(json.dumps({"page": str(page)}) if as_json else f"page: {page}")
 

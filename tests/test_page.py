@@ -146,6 +146,15 @@ def test_a_report_without_its_fields_is_refused(copy):
         assert "not what" in refused(2, "report", copy(edit))
 
 
+def test_report_makes_no_folder_of_a_name_that_is_none(tmp_path):
+    assert "no report.json" in refused(2, "report", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_cannot_take_the_place_of_a_folder(folder, tmp_path):
+    assert "name a file" in refused(2, "report", folder, "-o", tmp_path)
+
+
 def test_report_rebuilds_a_page_and_merges_several(folder, tmp_path):
     assert invoke("report", folder).exit_code == 0
     assert embedded((folder / "report.html").read_text())["reports"][0]["name"] == str(folder)
