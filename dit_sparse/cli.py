@@ -296,15 +296,17 @@ def calibrate_modes(
     if psnr is not None:
         with told(USAGE, debug):
             from .config import positive
+            from .generation import prepare_file
 
-            only_auto = method, density, order, weight, epsilon, updates
-            if only_auto != ("sparse-vdit", None, None, None, None, None):
+            only_auto = method, density, order, block_size, weight, epsilon, updates
+            if only_auto != ("sparse-vdit", None, None, 64, None, None, None):
                 raise ValueError("--psnr tries settings of auto: leave the options of methods out")
             positive("--psnr", psnr)
             given = read_prompts(prompt, prompt_file)
             changes = call_changes(steps, guidance, height, width, frames)
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
             out = out or Path("preset.json")
+            prepare_file(out)
         with told(FAILURE, debug):
             save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
         return
@@ -357,10 +359,8 @@ def save_preset(
     as_json: bool,
 ) -> None:
     from .compare import environment
-    from .generation import prepare_file
     from .preset import find_preset
 
-    prepare_file(out)
     say = (lambda text: None) if as_json else print
     preset, trials = find_preset(pipe, call, clips, psnr, say)
     if preset is None:
