@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
     for name, value in call.items():
         if name not in known:
             raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
-        if value is not None and (value < 0 or (value == 0 and name != "guidance_scale")):
+        zero = value == 0 and name == "guidance_scale"
+        if value is not None and not (0 < value < math.inf or zero):  # nan is neither
             raise ValueError(f"{name} must be positive, got {value}")
     check = getattr(pipe, "check_inputs", lambda: None)
     checked = inspect.signature(check).parameters

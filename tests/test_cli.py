@@ -139,6 +139,8 @@ def test_bad_numbers_are_refused(tmp_path):
     base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
     assert "num_inference_steps" in refused(2, *base, "--steps", 0)
     assert "height" in refused(2, *base, "--height", -64)
+    for guidance in ("nan", "inf"):
+        assert f"positive, got {guidance}" in refused(2, *base, "--guidance", guidance)
     assert "divisible by 16 but are 33" in refused(2, *base, "--height", 33)
     assert "--psnr must be a number above 0" in refused(2, "calibrate", "--psnr", "nan")
     assert "2 is given more than once" in refused(2, *base, "--seed", 2, "--seed", 2)
