@@ -34,7 +34,10 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
     name, _, rest = text.partition(":")
     name = name.strip()
     spec = MethodSpec(text, name if name.endswith(FILES) else name.lower(), parse_options(rest))
-    if not (allow_dense and spec.name == DENSE):
+    if allow_dense and spec.name == DENSE:
+        if spec.options:
+            raise ValueError(f"dense attention has no options, got {rest!r}")
+    else:
         from .api import make_config
 
         make_config(spec.name, spec.options)  # now, not after minutes of loading

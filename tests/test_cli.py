@@ -117,6 +117,11 @@ def test_a_bad_method_is_refused(command, method, words):
     assert words in refused(2, command, "-p", tiny_folder(), "-m", method)
 
 
+def test_options_of_dense_attention_are_refused():
+    with pytest.raises(ValueError, match="dense attention has no options"):
+        parse_method("dense:density=0.5", allow_dense=True)
+
+
 def test_bad_prompts_are_refused(tmp_path):
     base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
     assert "No such file" in refused(2, *base, "--prompt-file", tmp_path / "none.txt")
