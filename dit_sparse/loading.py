@@ -168,7 +168,7 @@ def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:
         wan.addFilter(says_something)
         renamed = Version(diffusers.__version__) >= Version("0.42.1")
         kwargs = {"dtype" if renamed else "torch_dtype": dtype}
-        return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
+        return diffusers.DiffusionPipeline.from_pretrained(str(source), **kwargs)
     except (ImportError, RuntimeError) as error:
         # transformers imports torchvision where it is installed, and hides why that failed.
         if find_spec("torchvision") and (problem := torchvision_problem()):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import available_methods, failure, generation, step
 from dit_sparse.cli import app, read_prompts
+from dit_sparse.loading import load_pipeline
 from dit_sparse.method_spec import parse_method
 
 SMALL = "adaspa:density=0.5,block_size=32"
@@ -138,6 +139,11 @@ def test_bad_places_are_refused(tmp_path):
     assert "model_index.json" in refused(2, "compare", "-p", tmp_path)
     assert "no such folder" in refused(2, "compare", "-p", tmp_path / "missing")
     assert "no such folder" in refused(2, "compare", "-p", "nobody/no-such-pipeline")
+
+
+def test_a_path_may_be_a_name_of_the_hub():
+    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
+        load_pipeline(Path("no-such-pipeline"), "cpu", torch.float32)
 
 
 def test_bad_numbers_are_refused(tmp_path):
