@@ -215,7 +215,7 @@ def generate(
     """Generate videos with sparse attention; `--method dense` leaves the pipeline alone."""
     with told(USAGE, debug):
         from .compare import dtype_of
-        from .generation import check_call, enable, prepare_folder
+        from .generation import check_call, enable, prepare_folder, tell_replaced
         from .loading import choose_device
         from .method_spec import DENSE, refuse_repeats
         from .processes import Processes, Records
@@ -246,7 +246,10 @@ def generate(
             for s in seeds
             for spec in specs
         ]
-        own = processes.part([clip for clip in clips if not records.find(*clip[:2])])
+        left = [clip for clip in clips if not records.find(*clip[:2])]
+        if processes.first:
+            tell_replaced(folder / f"{name}.mp4" for name, *_ in left)
+        own = processes.part(left)
         generate_all(pipe, arguments, own, folder, quiet, as_json, records)
         processes.end()
     if as_json and processes.first:
@@ -296,7 +299,7 @@ def calibrate_modes(
     if psnr is not None:
         with told(USAGE, debug):
             from .config import positive
-            from .generation import prepare_file
+            from .generation import prepare_file, tell_replaced
 
             only_auto = method, density, order, block_size, weight, epsilon, updates
             if only_auto != ("sparse-vdit", None, None, 64, None, None, None):
@@ -307,13 +310,14 @@ def calibrate_modes(
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
             out = out or Path("preset.json")
             prepare_file(out)
+            tell_replaced([out])
         with told(FAILURE, debug):
             save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
         return
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
         from .distil import Distillation, distil
-        from .generation import prepare_file
+        from .generation import prepare_file, tell_replaced
 
         if method not in ("sparse-vdit", "seerattention"):
             raise ValueError(f"only sparse-vdit and seerattention are calibrated, got {method!r}")
@@ -331,6 +335,7 @@ def calibrate_modes(
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4, quiet)
         out = out or Path("seerattention.safetensors" if gated else "sparse_vdit.json")
         prepare_file(out)
+        tell_replaced([out])
     with told(FAILURE, debug):
         run = latent_run(pipe, call, prompts, seed, quiet)
         if gated:
@@ -401,7 +406,7 @@ def profile_attention(
     with told(USAGE, debug):
         from .compare import environment
         from .fingerprint import compare_profiles
-        from .generation import prepare_file
+        from .generation import prepare_file, tell_replaced
         from .look import profile
 
         if two is not None:
@@ -411,6 +416,7 @@ def profile_attention(
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1, quiet)
         prepare_file(out)
+        tell_replaced([out])
     with told(FAILURE, debug):
         found = profile(
             pipe,

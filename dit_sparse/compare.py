@@ -23,7 +23,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .generation import Clip, check_call, enable, generate_clip, prepare_folder, write_json
+from .generation import (
+    Clip,
+    check_call,
+    enable,
+    generate_clip,
+    prepare_folder,
+    tell_replaced,
+    write_json,
+)
 from .loading import CallArguments
 from .method_spec import MethodSpec, refuse_repeats
 from .metrics import ClipMetrics, Lpips, compare_clips
@@ -84,6 +92,8 @@ class Comparison:
         self.out = prepare_folder(self.out)
         for folder in ("videos", "frames", "sheets", "traces"):
             prepare_folder(self.out / folder)
+        if not self.processes.several:
+            tell_replaced([self.out / "report.json"])
 
     def run(self) -> dict[str, Any]:
         """Generate everything and return the report, which is also in `out/report.json`.

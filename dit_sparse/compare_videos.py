@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import SCHEMA, metrics_in_words, software
-from .generation import write_json
+from .generation import tell_replaced, write_json
 from .metrics import Lpips, compare_clips
 from .page import write_page
 from .progress import Steps
@@ -33,6 +33,7 @@ def compare_videos(
             where frames are written.
     """
     refuse_own_output([reference, *videos], out)
+    tell_replaced([out / "report.json"])
     names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
     write_frames(out / dense["frames"], first.frames)

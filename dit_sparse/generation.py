@@ -3,8 +3,9 @@
 import inspect
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -145,6 +146,14 @@ def prepare_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file with --out")
     prepare_folder(path.parent)
+
+
+def tell_replaced(paths: Iterable[Path]) -> None:
+    """Say on stderr that files of an earlier run will be written over, before they are."""
+    there = [path for path in paths if path.exists()]
+    if there:
+        more = f" and {len(there) - 1} more files" if len(there) > 1 else ""
+        print(f"Replaces {there[0]}{more} of an earlier run.", file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:

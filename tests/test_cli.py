@@ -256,6 +256,21 @@ def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     assert not list(tmp_path.glob(".part*"))
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "file"),
+    [
+        (["generate", "-m", "dense", "--seed", 0, "--seed", 1], "", "p00-s0-dense.mp4 and 1 more"),
+        (["compare", "-m", SMALL], "", "report.json of"),
+        (["calibrate"], "modes.json", "modes.json of"),
+        (["profile"], "profile.json", "profile.json of"),
+    ],
+)
+def test_what_is_replaced_is_told(tmp_path, command, name, file):
+    arguments = [*command, "-p", tiny_folder(), "-o", tmp_path / name, "-q"]
+    assert "Replaces" not in invoke(*arguments).stderr
+    assert f"Replaces {tmp_path / file}" in invoke(*arguments).stderr
+
+
 def test_an_output_folder_keeps_the_files_of_the_user(tmp_path):
     from dit_sparse.generation import prepare_folder
 

@@ -269,7 +269,7 @@ def test_compare_videos_measures_and_shows_them(tmp_path):
     assert data["cells"][0]["runs"][1]["dense_label"] == "a" and all(data["clips"])
     result = invoke("compare-videos", *names, "-o", tmp_path / "out")
     assert "PSNR" in result.stdout and "density" not in result.stdout
-    assert "c [old].mp4" in result.stdout
+    assert "c [old].mp4" in result.stdout and "report.json of an earlier run" in result.stderr
 
 
 def test_videos_that_cannot_be_compared_are_refused(tmp_path):
