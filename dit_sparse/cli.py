@@ -308,8 +308,7 @@ def calibrate_modes(
             given = read_prompts(prompt, prompt_file)
             changes = call_changes(steps, guidance, height, width, frames)
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
-            out = out or Path("preset.json")
-            prepare_file(out)
+            out = prepare_file(out or Path("preset.json"))
             tell_replaced([out])
         with told(FAILURE, debug):
             save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
@@ -333,8 +332,8 @@ def calibrate_modes(
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4, quiet)
-        out = out or Path("seerattention.safetensors" if gated else "sparse_vdit.json")
-        prepare_file(out)
+        named = "seerattention.safetensors" if gated else "sparse_vdit.json"
+        out = prepare_file(out or Path(named))
         tell_replaced([out])
     with told(FAILURE, debug):
         run = latent_run(pipe, call, prompts, seed, quiet)
@@ -415,7 +414,7 @@ def profile_attention(
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1, quiet)
-        prepare_file(out)
+        out = prepare_file(out)
         tell_replaced([out])
     with told(FAILURE, debug):
         found = profile(

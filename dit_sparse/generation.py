@@ -136,16 +136,16 @@ def prepare_folder(folder: str | Path) -> Path:
     return path
 
 
-def prepare_file(path: Path) -> None:
-    """Make sure that a file can be written at `path`.
+def prepare_file(path: Path) -> Path:
+    """Make sure that a file can be written at `path`; returns it with its ~ replaced.
 
     Raises:
         IsADirectoryError: it is a folder.
         PermissionError: its folder cannot be written.
     """
-    if path.is_dir():
+    if path.expanduser().is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file with --out")
-    prepare_folder(path.parent)
+    return prepare_folder(path.parent) / path.name
 
 
 def tell_replaced(paths: Iterable[Path]) -> None:

@@ -271,6 +271,15 @@ def test_what_is_replaced_is_told(tmp_path, command, name, file):
     assert f"Replaces {tmp_path / file}" in invoke(*arguments).stderr
 
 
+@pytest.mark.parametrize("command", ["calibrate", "profile"])
+def test_a_file_may_lie_under_the_home_folder(tmp_path, monkeypatch, command):
+    """As in --out=~/x.json, which no shell expands, and in a file of options."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = invoke(command, "-p", tiny_folder(), "-o", "~/new/x.json", "-q")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "x.json").is_file()
+
+
 def test_an_output_folder_keeps_the_files_of_the_user(tmp_path):
     from dit_sparse.generation import prepare_folder
 
