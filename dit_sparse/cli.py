@@ -675,6 +675,7 @@ def generate_all(
                 pipe, prompt, seed, arguments.call, spec, measure=False, on_step=tick
             )
         path = folder / f"{name}.mp4"
+        records.forget(name)
         write_mp4(path, clip.frames, arguments.fps)
         write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
         record = {"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds}

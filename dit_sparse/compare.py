@@ -216,6 +216,7 @@ class Comparison:
         if exact.is_file() and self.recorded(prompt, [name]):
             return load_file(exact)["frames"]
         clip = self.generate(prompt, seed, None, "dense")
+        self.records.forget(name)
         record = {
             "id": name,
             "prompt": self.prompts[prompt],
@@ -240,6 +241,7 @@ class Comparison:
     ) -> dict[str, Any]:
         sparse, call = clip.sparse, self.arguments.call
         run_id = f"p{prompt:02d}-s{seed}-{method.slug}"
+        self.records.forget(run_id)
         trace = f"traces/{run_id}.json"
         stored = {"schema": SCHEMA, "id": run_id, "trace": sparse.trace, "maps": sparse.maps}
         write_json(self.out / trace, stored)
