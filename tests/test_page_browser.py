@@ -238,6 +238,16 @@ def test_several_reports_and_videos_share_a_page(browser, page, tmp_path):
     assert len(browser.find_elements("css selector", "tr.report")) == 2
 
 
+def test_a_line_joins_methods_of_one_pipeline_alone(browser, tmp_path):
+    folders = [save_tiny_report(tmp_path / name) for name in ("a", "again", "other")]
+    report = json.loads((folders[2] / "report.json").read_text())
+    report["pipeline"]["source"] = "other"
+    (folders[2] / "report.json").write_text(json.dumps(report))
+    browser.get(write_page(folders, tmp_path / "all.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    assert len(browser.find_elements("css selector", "#pareto .frontier")) == 2
+
+
 def test_a_real_report_plays_scrubs_wipes_and_shows_a_layer(browser, tmp_path):
     from selenium.webdriver.support.ui import Select
     from test_cli import SMALL, invoke

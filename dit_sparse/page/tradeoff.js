@@ -61,7 +61,9 @@ function drawTradeoff() {
   $("pareto").replaceChildren(
     ...axes(plot, AXES[xKey], AXES[yKey]),
     ...marks.flatMap((mark) => boundLine(mark, plot, AXES[yKey].digits)),
-    draw("path", { class: "frontier", d: path(frontier(points, AXES[yKey].lowIsGood), plot) }),
+    ...frontiers(points, AXES[yKey].lowIsGood).map((line) =>
+      draw("path", { class: "frontier", d: path(line, plot) }),
+    ),
     ...clips.map((p) => spot("clip", p, plot, 2.5)),
     ...points.map((p) => spot("point", p, plot, 6)),
     ...pointLabels(points, plot),
@@ -126,6 +128,17 @@ function span(values, margin) {
 function axis(range, at) {
   const scale = ticks(range.low, range.high, 5);
   return scale.values.flatMap((value) => at(value, value.toFixed(scale.digits)));
+}
+
+// One for each pipeline and call: dense videos of another are another yardstick.
+function frontiers(points, lowIsGood) {
+  const groups = new Map();
+  for (const point of points) {
+    const { pipeline } = data.reports[point.report];
+    const key = JSON.stringify([pipeline?.source, pipeline?.call]);
+    groups.set(key, [...(groups.get(key) ?? []), point]);
+  }
+  return [...groups.values()].map((group) => frontier(group, lowIsGood));
 }
 
 function frontier(points, lowIsGood) {
