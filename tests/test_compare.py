@@ -180,6 +180,12 @@ def test_mp4_and_gif_keep_frame_count_and_size(tmp_path, size):
     assert gif.n_frames == 5 and gif.size == size[::-1]
 
 
+def test_mp4_makes_its_folder(tmp_path):
+    """`samples/wan.py --out new/wan.mp4` must not fail when the video is made."""
+    write_mp4(tmp_path / "new" / "a.mp4", np.zeros((2, 8, 8, 3), np.uint8), 8)
+    assert (tmp_path / "new" / "a.mp4").is_file()
+
+
 def test_mp4_shows_the_frames_it_was_given(tmp_path):
     frames = np.zeros((4, 32, 32, 3), np.uint8)
     frames[:, :, 16:, 0] = 200
