@@ -57,10 +57,17 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_images(path: Path) -> Video:
+    """A gif or WebP; what it shows longer than others are equal frames that were joined."""
+    frames, durations = [], []
     with Image.open(path) as image:
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-        duration = image.info.get("duration")  # milliseconds
-    return Video(np.stack(frames), 1000 / duration if duration else None)
+        for frame in ImageSequence.Iterator(image):
+            frames.append(np.asarray(frame.convert("RGB")))
+            durations.append(frame.info.get("duration") or 0)  # milliseconds
+    shortest = min(durations)
+    if not shortest:
+        return Video(np.stack(frames))
+    counts = [round(duration / shortest) for duration in durations]
+    return Video(np.repeat(np.stack(frames), counts, axis=0), 1000 / shortest)
 
 
 def read_av(path: Path) -> Video:

@@ -255,6 +255,14 @@ def test_videos_are_read_from_files_and_folders(tmp_path, kind):
         assert video.fps == pytest.approx(8, rel=0.05)
 
 
+def test_equal_frames_of_a_gif_are_all_read(tmp_path):
+    """As HunyuanVideo shows them; a gif joins them to one that is shown longer."""
+    frames = np.repeat(tiny_frames(0), 4, axis=0)[3:]
+    write_gif(tmp_path / "a.gif", frames, 8)
+    video = read_video(tmp_path / "a.gif")
+    assert len(video.frames) == len(frames) and video.fps == pytest.approx(8, rel=0.05)
+
+
 def test_compare_videos_measures_and_shows_them(tmp_path):
     frames = tiny_frames(0)
     write_frames(tmp_path / "a", frames)
