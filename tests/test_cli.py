@@ -100,6 +100,11 @@ def test_method_options_are_read_as_python_values():
     assert "/" not in spec.slug and " " not in spec.slug
 
 
+def test_a_method_with_many_options_gives_a_name_that_files_may_have():
+    slugs = {parse_method("auto:density=0.10" + n * "0").slug for n in (200, 201)}
+    assert len(slugs) == 2 and all(len(slug) < 160 for slug in slugs)
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
