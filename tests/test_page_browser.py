@@ -248,6 +248,16 @@ def test_a_line_joins_methods_of_one_pipeline_alone(browser, tmp_path):
     assert len(browser.find_elements("css selector", "#pareto .frontier")) == 2
 
 
+def test_a_method_with_many_options_does_not_widen_the_page(browser, tmp_path):
+    folder = save_tiny_report(tmp_path / "long")
+    report = json.loads((folder / "report.json").read_text())
+    report["runs"][0]["label"] = "auto:" + ",".join(f"option_{n}=value" for n in range(20))
+    (folder / "report.json").write_text(json.dumps(report))
+    browser.get(write_page([folder], folder / "report.html").as_uri())
+    until(lambda: browser.execute_script("return Boolean(maps.trace)"))
+    assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+
+
 def test_a_real_report_plays_scrubs_wipes_and_shows_a_layer(browser, tmp_path):
     from selenium.webdriver.support.ui import Select
     from test_cli import SMALL, invoke
