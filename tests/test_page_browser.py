@@ -258,6 +258,20 @@ def test_a_method_with_many_options_does_not_widen_the_page(browser, tmp_path):
     assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
 
 
+def test_a_method_beyond_the_colours_is_dashed_and_hollow(browser, tmp_path):
+    folder = save_tiny_report(tmp_path / "many")
+    report = json.loads((folder / "report.json").read_text())
+    report["runs"] = [report["runs"][0] | {"label": f"method {n}"} for n in range(7)]
+    (folder / "report.json").write_text(json.dumps(report))
+    browser.get(write_page([folder], folder / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    for shape in (".line", ".point", "#figures .swatch"):
+        found = browser.find_elements("css selector", shape)
+        assert len(found) == 7 and "again" in found[6].get_attribute("class"), shape
+    style = "return getComputedStyle(document.querySelector('.line.again')).strokeDasharray"
+    assert browser.execute_script(style) != "none"
+
+
 def test_a_real_report_plays_scrubs_wipes_and_shows_a_layer(browser, tmp_path):
     from selenium.webdriver.support.ui import Select
     from test_cli import SMALL, invoke
