@@ -225,6 +225,10 @@ def test_out_of_memory_in_the_attention_keeps_what_was_compared(tmp_path, monkey
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
 
 
+def test_bench_out_of_memory_names_its_own_options():
+    assert "fewer --tokens" in refused(1, "bench", "--tokens", 10**13, "--device", "cpu")
+
+
 def test_debug_shows_the_error_itself():
     result = invoke("compare", "-m", "adspa", "--debug")
     assert isinstance(result.exception, ValueError)
