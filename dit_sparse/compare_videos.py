@@ -33,9 +33,11 @@ def compare_videos(
             where frames are written.
     """
     refuse_own_output([reference, *videos], out)
-    tell_replaced([out / "report.json"])
     names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
+    for path in videos:  # all of them, before a file of an earlier run is replaced
+        refuse_other_shape(path, read_video(path), reference, first)
+    tell_replaced([out / "report.json"])
     write_frames(out / dense["frames"], first.frames)
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -51,7 +53,6 @@ def compare_videos(
     }
     for number, path in enumerate(videos, start=1):
         video, described = read_video(path), entry(number, names[number])
-        refuse_other_shape(path, video, reference, first)
         write_frames(out / described["frames"], video.frames)
         with steps.clip(described["label"], len(video.frames)) as tick:
             metrics = compare_clips(first.frames, video.frames, lpips, tick).as_dict()

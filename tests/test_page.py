@@ -288,7 +288,9 @@ def test_videos_that_cannot_be_compared_are_refused(tmp_path):
     out = ("-o", tmp_path / "out")
     expected = {"short": "5 frames", "text.mp4": "read as", "empty": "no images", "none": "no "}
     for name, words in expected.items():
-        assert words in refused(2, "compare-videos", tmp_path / "a", tmp_path / name, *out)
+        names = "a", "a", name
+        assert words in refused(2, "compare-videos", *(tmp_path / n for n in names), *out)
+    assert not list((tmp_path / "out").iterdir())  # nor what an earlier run left there
 
 
 def test_frames_that_would_be_written_over_are_refused(tmp_path):
