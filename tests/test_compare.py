@@ -16,7 +16,7 @@ from dit_sparse.compare import Comparison
 from dit_sparse.generation import generate_clip
 from dit_sparse.loading import call_arguments, load_pipeline
 from dit_sparse.method_spec import parse_method
-from dit_sparse.table import average
+from dit_sparse.table import average, notes
 from dit_sparse.video import write_gif, write_mp4, write_sheet
 
 RUN_FIELDS = (
@@ -216,6 +216,12 @@ def test_sheet_has_a_row_for_dense_and_two_for_each_method(tmp_path):
     write_sheet(tmp_path / "two.png", frames, [("a", frames), ("b", frames)])
     one, two = Image.open(tmp_path / "one.png"), Image.open(tmp_path / "two.png")
     assert one.width == two.width and one.height * 5 == two.height * 3
+
+
+def test_a_note_names_its_methods_where_it_is_not_of_all():
+    labels = {"adaspa": ["same", "costly"], "auto": ["same"], "window": ["same", "costly"]}
+    runs = [{"label": label, "notes": of} for label, of in labels.items()]
+    assert notes({"runs": runs + runs}) == ["note: same", "note on adaspa, window: costly"]
 
 
 def test_average_leaves_out_what_is_unknown():
