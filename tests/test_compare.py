@@ -148,6 +148,13 @@ def test_the_boxed_pipeline_is_called_as_its_own_file_says(pipe):
     assert arguments.prompts and arguments.noise_floor and arguments.chance
 
 
+@pytest.mark.parametrize("text", ['{"call": {"hei', "[]", '{"fps": 8}', '{"call": 3}'])
+def test_a_call_file_that_cannot_be_understood_is_named(pipe, tmp_path, text):
+    (tmp_path / "dit_sparse.json").write_text(text)
+    with pytest.raises(ValueError, match="dit_sparse.json does not say how to call"):
+        call_arguments(pipe, tmp_path)
+
+
 def test_a_pipeline_without_call_file_uses_its_own_defaults(pipe, tmp_path):
     arguments = call_arguments(pipe, tmp_path)
     assert arguments.call["num_inference_steps"] == 50 and arguments.fps == 16
