@@ -37,7 +37,11 @@ def read_video(path: str | Path) -> Video:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGES and not path.name.startswith(".")  # what a kill leaves
+    ]
     return sorted(found, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path))
 
 

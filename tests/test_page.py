@@ -255,6 +255,12 @@ def test_videos_are_read_from_files_and_folders(tmp_path, kind):
         assert video.fps == pytest.approx(8, rel=0.05)
 
 
+def test_a_hidden_file_is_no_frame(tmp_path):
+    write_frames(tmp_path, tiny_frames(0))
+    (tmp_path / ".part-7-0003.webp").write_bytes(b"half a frame")
+    assert np.array_equal(read_video(tmp_path).frames, tiny_frames(0))
+
+
 def test_equal_frames_of_a_gif_are_all_read(tmp_path):
     """As HunyuanVideo shows them; a gif joins them to one that is shown longer."""
     frames = np.repeat(tiny_frames(0), 4, axis=0)[3:]
