@@ -32,6 +32,15 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed while it ran, 2 refused before it ran, 130 interrupted.",
 )
 
+
+def in_64_bits(seeds: list[int] | int | None) -> list[int] | int | None:
+    """One seed or several, of which torch takes no larger ones."""
+    for seed in [seeds] if isinstance(seeds, int) else seeds or []:
+        if not -(2**63) <= seed < 2**64:
+            raise typer.BadParameter(f"a seed has at most 64 bits, got {seed}")
+    return seeds
+
+
 Pipeline = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +64,11 @@ Prompts = Annotated[
     typer.Option("--prompt", help="What to show; the small ones bring some. Repeatable."),
 ]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; without it 0.")]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="Repeatable; without it 0.", callback=in_64_bits),
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.", callback=in_64_bits)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
@@ -261,7 +274,7 @@ def calibrate_modes(
     pipeline: Pipeline = None,
     prompt: Prompts = None,
     prompt_file: PromptFile = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -383,7 +396,7 @@ def profile_attention(
     pipeline: Pipeline = None,
     prompt: Prompts = None,
     prompt_file: PromptFile = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,

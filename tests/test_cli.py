@@ -165,6 +165,12 @@ def test_bad_numbers_are_refused(tmp_path):
     assert "--device" in refused(2, *base, "--device", "gpu")
 
 
+@pytest.mark.parametrize("command", ["compare", "generate", "calibrate", "profile"])
+def test_a_seed_that_is_too_large_is_refused(command):
+    result = invoke(command, "-p", tiny_folder(), "--seed", 2**64)
+    assert result.exit_code == 2 and "at most 64 bits" in result.stderr
+
+
 @NEEDS_NO_GPU
 def test_a_gpu_that_is_not_there_is_refused():
     assert "--device cpu" in refused(2, "compare", "-p", tiny_folder(), "--device", "cuda")
