@@ -129,7 +129,8 @@ def main(arguments=None):
                 told = {k: records[-1][k] for k in ("effective_cost", "seconds", "psnr")}
                 of = cache[0], cache[1].get("threshold")
                 print(source.name, method, *of, told, flush=True)
-        others = [r for r in result["records"] if r["pipeline"] != runner.name]
+        place = runner.name, runner.size
+        others = [r for r in result["records"] if (r["pipeline"], r["size"]) != place]
         result["records"] = others + list(multiplied(records))
         save(args.out, result)
 

@@ -160,6 +160,7 @@ def main(arguments=None):
         "seeds": list(range(args.seeds)),
         "claims": claims,
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(json.dumps({name: claim["paired"] for name, claim in claims.items()}))
 

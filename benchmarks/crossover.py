@@ -155,6 +155,7 @@ def main(arguments=None):
                 rows.append(row)
                 print(*row.values())
     result = {"question": __doc__.split("\n")[0], "environment": environment(args.commit)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 

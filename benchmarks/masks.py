@@ -8,6 +8,7 @@ timed by repeating its rows and columns, so clusters grow with it. What would mi
 14 B parameters has other masks, and an enlarged one is kinder to the L2 cache than a fine one.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,4 +111,5 @@ def record(steps: int = 8) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Record the real masks again.").parse_args()
     record()

@@ -525,6 +525,8 @@ def draw(result, path):
     from PIL import Image
 
     places = list(dict.fromkeys((r["pipeline"], r["size"]) for r in result["records"]))
+    if not places:
+        raise SystemExit("nothing to draw: no setting is within a budget")
     figure, axes = plt.subplots(
         len(places), 2, figsize=(12, 4.5 * len(places)), squeeze=False, sharey="row",
         layout="constrained",
@@ -687,7 +689,11 @@ def parse(arguments=None):
         ("searches", SEARCHES), ("spacings", SPACINGS), ("epsilons", EPSILONS),
     ):  # fmt: skip
         add(f"--{name}", type=type(values[0]), nargs="+", default=list(values))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for method in args.method or ():  # now, not after all dense videos
+        if method_class(method) is None:
+            parser.error(f"no method {method!r}: there are {', '.join(available_methods())}")
+    return args
 
 
 def main(arguments=None):

@@ -90,8 +90,9 @@ def enable_sparse_attention(
     transformers = supported_transformers(pipe)
     config = config.for_model([transformer for transformer, _ in transformers])
     if os.environ.get("DIT_SPARSE") == "0":
-        logger.warning("DIT_SPARSE=0 in the environment: attention stays dense")
-        return SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)
+        handle = SparseAttention([], pipe, name, config, measure, num_steps, keep_padding)
+        handle.note("DIT_SPARSE=0 in the environment: attention stays dense")
+        return handle
     _refuse_compiled(pipe)
     for transformer, _ in transformers:
         refuse_faster_cache(transformer)

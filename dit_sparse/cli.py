@@ -32,6 +32,15 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed while it ran, 2 refused before it ran, 130 interrupted.",
 )
 
+
+def in_64_bits(seeds: list[int] | int | None) -> list[int] | int | None:
+    """One seed or several, of which torch takes no larger ones."""
+    for seed in [seeds] if isinstance(seeds, int) else seeds or []:
+        if not -(2**63) <= seed < 2**64:
+            raise typer.BadParameter(f"a seed has at most 64 bits, got {seed}")
+    return seeds
+
+
 Pipeline = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +64,11 @@ Prompts = Annotated[
     typer.Option("--prompt", help="What to show; the small ones bring some. Repeatable."),
 ]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; without it 0.")]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="Repeatable; without it 0.", callback=in_64_bits),
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.", callback=in_64_bits)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
@@ -160,11 +173,9 @@ def rebuild_report(
 ) -> None:
     """One page, report.html, from one or several finished comparisons."""
     with told(USAGE, debug):
-        from .generation import prepare_folder
         from .page import write_page
 
         out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-        prepare_folder(out.parent)
         page = write_page(folders, out)
     print(json.dumps({"page": str(page)}) if as_json else f"page: {page}")
 
@@ -217,7 +228,7 @@ def generate(
     """Generate videos with sparse attention; `--method dense` leaves the pipeline alone."""
     with told(USAGE, debug):
         from .compare import dtype_of
-        from .generation import check_call, enable, prepare_folder
+        from .generation import check_call, enable, prepare_folder, tell_replaced
         from .loading import choose_device
         from .method_spec import DENSE, refuse_repeats
         from .processes import Processes, Records
@@ -248,7 +259,10 @@ def generate(
             for s in seeds
             for spec in specs
         ]
-        own = processes.part([clip for clip in clips if not records.find(*clip[:2])])
+        left = [clip for clip in clips if not records.find(*clip[:2])]
+        if processes.first:
+            tell_replaced(folder / f"{name}.mp4" for name, *_ in left)
+        own = processes.part(left)
         generate_all(pipe, arguments, own, folder, quiet, as_json, records)
         processes.end()
     if as_json and processes.first:
@@ -260,7 +274,7 @@ def calibrate_modes(
     pipeline: Pipeline = None,
     prompt: Prompts = None,
     prompt_file: PromptFile = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -298,22 +312,24 @@ def calibrate_modes(
     if psnr is not None:
         with told(USAGE, debug):
             from .config import positive
+            from .generation import prepare_file, tell_replaced
 
-            only_auto = method, density, order, weight, epsilon, updates
-            if only_auto != ("sparse-vdit", None, None, None, None, None):
+            only_auto = method, density, order, block_size, weight, epsilon, updates
+            if only_auto != ("sparse-vdit", None, None, 64, None, None, None):
                 raise ValueError("--psnr tries settings of auto: leave the options of methods out")
             positive("--psnr", psnr)
             given = read_prompts(prompt, prompt_file)
             changes = call_changes(steps, guidance, height, width, frames)
             pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 2, quiet)
-            out = out or Path("preset.json")
+            out = prepare_file(out or Path("preset.json"))
+            tell_replaced([out])
         with told(FAILURE, debug):
             save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
         return
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
         from .distil import Distillation, distil
-        from .generation import prepare_file
+        from .generation import prepare_file, tell_replaced
 
         if method not in ("sparse-vdit", "seerattention"):
             raise ValueError(f"only sparse-vdit and seerattention are calibrated, got {method!r}")
@@ -329,8 +345,9 @@ def calibrate_modes(
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 4, quiet)
-        out = out or Path("seerattention.safetensors" if gated else "sparse_vdit.json")
-        prepare_file(out)
+        named = "seerattention.safetensors" if gated else "sparse_vdit.json"
+        out = prepare_file(out or Path(named))
+        tell_replaced([out])
     with told(FAILURE, debug):
         run = latent_run(pipe, call, prompts, seed, quiet)
         if gated:
@@ -359,10 +376,8 @@ def save_preset(
     as_json: bool,
 ) -> None:
     from .compare import environment
-    from .generation import prepare_file
     from .preset import find_preset
 
-    prepare_file(out)
     say = (lambda text: None) if as_json else print
     preset, trials = find_preset(pipe, call, clips, psnr, say)
     if preset is None:
@@ -381,7 +396,7 @@ def profile_attention(
     pipeline: Pipeline = None,
     prompt: Prompts = None,
     prompt_file: PromptFile = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -403,7 +418,7 @@ def profile_attention(
     with told(USAGE, debug):
         from .compare import environment
         from .fingerprint import compare_profiles
-        from .generation import prepare_file
+        from .generation import prepare_file, tell_replaced
         from .look import profile
 
         if two is not None:
@@ -412,7 +427,8 @@ def profile_attention(
         given = read_prompts(prompt, prompt_file)
         changes = call_changes(steps, guidance, height, width, frames)
         pipe, call, prompts = open_run(pipeline, device, dtype, changes, given, 1, quiet)
-        prepare_file(out)
+        out = prepare_file(out)
+        tell_replaced([out])
     with told(FAILURE, debug):
         found = profile(
             pipe,
@@ -560,7 +576,8 @@ def read_prompts(prompts: list[str] | None, path: Path | None) -> list[str]:
     lines: list[str] = []
     if path is not None:
         try:
-            lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+            # -sig: editors on Windows put a mark before the first prompt
+            lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(f"cannot read the prompt file {path}: {reason}") from error
@@ -671,6 +688,7 @@ def generate_all(
                 pipe, prompt, seed, arguments.call, spec, measure=False, on_step=tick
             )
         path = folder / f"{name}.mp4"
+        records.forget(name)
         write_mp4(path, clip.frames, arguments.fps)
         write_gif(path.with_suffix(".gif"), clip.frames, arguments.fps)
         record = {"video": str(path), "prompt": prompt, "seed": seed, "seconds": clip.seconds}
@@ -695,7 +713,7 @@ def kept_by(comparison: "Comparison") -> str:
 def show_comparison(report: dict[str, Any], out: Path) -> None:
     from .table import print_table
 
-    print_table(report, Console())
+    print_table(report, Console(markup=False))  # names may hold [brackets]
     for sheet in dict.fromkeys(run["sheet"] for run in report["runs"] if run.get("sheet")):
         print(f"sheet:  {out / sheet}")
     print(f"data:   {out / 'report.json'}")

@@ -23,7 +23,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .generation import Clip, check_call, enable, generate_clip, prepare_folder, write_json
+from .generation import (
+    Clip,
+    check_call,
+    enable,
+    generate_clip,
+    prepare_folder,
+    tell_replaced,
+    write_json,
+)
 from .loading import CallArguments
 from .method_spec import MethodSpec, refuse_repeats
 from .metrics import ClipMetrics, Lpips, compare_clips
@@ -84,6 +92,8 @@ class Comparison:
         self.out = prepare_folder(self.out)
         for folder in ("videos", "frames", "sheets", "traces"):
             prepare_folder(self.out / folder)
+        if not self.processes.several:
+            tell_replaced([self.out / "report.json"])
 
     def run(self) -> dict[str, Any]:
         """Generate everything and return the report, which is also in `out/report.json`.
@@ -206,6 +216,7 @@ class Comparison:
         if exact.is_file() and self.recorded(prompt, [name]):
             return load_file(exact)["frames"]
         clip = self.generate(prompt, seed, None, "dense")
+        self.records.forget(name)
         record = {
             "id": name,
             "prompt": self.prompts[prompt],
@@ -230,6 +241,7 @@ class Comparison:
     ) -> dict[str, Any]:
         sparse, call = clip.sparse, self.arguments.call
         run_id = f"p{prompt:02d}-s{seed}-{method.slug}"
+        self.records.forget(run_id)
         trace = f"traces/{run_id}.json"
         stored = {"schema": SCHEMA, "id": run_id, "trace": sparse.trace, "maps": sparse.maps}
         write_json(self.out / trace, stored)

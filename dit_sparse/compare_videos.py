@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import SCHEMA, metrics_in_words, software
-from .generation import write_json
+from .generation import tell_replaced, write_json
 from .metrics import Lpips, compare_clips
 from .page import write_page
 from .progress import Steps
@@ -29,10 +29,15 @@ def compare_videos(
 
     Raises:
         FileNotFoundError: a video is not there.
-        ValueError: a video cannot be read, or differs from the reference in frames or size.
+        ValueError: a video cannot be read, differs from the reference in frames or size, or lies
+            where frames are written.
     """
+    refuse_own_output([reference, *videos], out)
     names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
+    for path in videos:  # all of them, before a file of an earlier run is replaced
+        refuse_other_shape(path, read_video(path), reference, first)
+    tell_replaced([out / "report.json"])
     write_frames(out / dense["frames"], first.frames)
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -48,7 +53,6 @@ def compare_videos(
     }
     for number, path in enumerate(videos, start=1):
         video, described = read_video(path), entry(number, names[number])
-        refuse_other_shape(path, video, reference, first)
         write_frames(out / described["frames"], video.frames)
         with steps.clip(described["label"], len(video.frames)) as tick:
             metrics = compare_clips(first.frames, video.frames, lpips, tick).as_dict()
@@ -78,6 +82,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """File names, or whole paths where two names are the same."""
     names = [path.name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def refuse_own_output(paths: Sequence[Path], out: Path) -> None:
+    written = {(out / entry(number, "")["frames"]).resolve() for number in range(len(paths))}
+    for path in paths:
+        place = path.expanduser().resolve()
+        if written & {place, *place.parents}:
+            raise ValueError(f"{path} lies where frames are written: name another --out")
 
 
 def refuse_other_shape(path: Path, video: Video, reference: Path, first: Video) -> None:

@@ -40,8 +40,8 @@ def sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return (
-            "out of memory. Use fewer --frames, a smaller --height and --width, "
-            "--dtype bfloat16, or a GPU with more memory."
+            "out of memory. Use fewer --frames, a smaller --height and --width (of bench fewer "
+            "--tokens or --heads), --dtype bfloat16, or a GPU with more memory."
         )
     if FULL_DISK in text:  # from Python or from a library of another language
         return f"the disk is full ({text}). Free some space, or name another --out."

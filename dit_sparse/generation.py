@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -106,7 +108,8 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
     for name, value in call.items():
         if name not in known:
             raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
-        if value is not None and (value < 0 or (value == 0 and name != "guidance_scale")):
+        zero = value == 0 and name == "guidance_scale"
+        if value is not None and not (0 < value < math.inf or zero):  # nan is neither
             raise ValueError(f"{name} must be positive, got {value}")
     check = getattr(pipe, "check_inputs", lambda: None)
     checked = inspect.signature(check).parameters
@@ -133,16 +136,24 @@ def prepare_folder(folder: str | Path) -> Path:
     return path
 
 
-def prepare_file(path: Path) -> None:
-    """Make sure that a file can be written at `path`.
+def prepare_file(path: Path) -> Path:
+    """Make sure that a file can be written at `path`; returns it with its ~ replaced.
 
     Raises:
         IsADirectoryError: it is a folder.
         PermissionError: its folder cannot be written.
     """
-    if path.is_dir():
+    if path.expanduser().is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file with --out")
-    prepare_folder(path.parent)
+    return prepare_folder(path.parent) / path.name
+
+
+def tell_replaced(paths: Iterable[Path]) -> None:
+    """Say on stderr that files of an earlier run will be written over, before they are."""
+    there = [path for path in paths if path.exists()]
+    if there:
+        more = f" and {len(there) - 1} more files" if len(there) > 1 else ""
+        print(f"Replaces {there[0]}{more} of an earlier run.", file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -144,10 +144,25 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def read_call_file(folder: Path) -> dict[str, Any]:
+    """What `dit_sparse.json` in a folder says.
+
+    Raises:
+        ValueError: it cannot be understood.
+    """
+    path = folder / CALL_FILE
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored["call"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not say how to call the pipeline ({error!r})") from error
+    return stored
+
+
 def load_with_lora(folder: Path, device: str, dtype: torch.dtype, quiet: bool) -> Any:
     if not find_spec("peft"):
         raise RuntimeError(f"{folder} is a LoRA and needs peft: pip install 'dit-sparse[lora]'")
-    settings = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
+    settings = read_call_file(folder)
     pipe = load_pipeline(folder.parent / Path(settings["base"]).name, device, dtype, quiet)
     pipe.load_lora_weights(folder, weight_name=LORA_FILE)
     config = pipe.scheduler.config
@@ -168,7 +183,7 @@ def from_pretrained(source: str | Path, dtype: torch.dtype, quiet: bool) -> Any:
         wan.addFilter(says_something)
         renamed = Version(diffusers.__version__) >= Version("0.42.1")
         kwargs = {"dtype" if renamed else "torch_dtype": dtype}
-        return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
+        return diffusers.DiffusionPipeline.from_pretrained(str(source), **kwargs)
     except (ImportError, RuntimeError) as error:
         # transformers imports torchvision where it is installed, and hides why that failed.
         if find_spec("torchvision") and (problem := torchvision_problem()):
@@ -192,7 +207,7 @@ def call_arguments(pipe: Any, source: str | Path | None) -> CallArguments:
     folder = Path(find_pipeline(source))
     known = inspect.signature(pipe.__call__).parameters
     if (folder / CALL_FILE).is_file():
-        stored = json.loads((folder / CALL_FILE).read_text(encoding="utf-8"))
+        stored = read_call_file(folder)
         return CallArguments(
             call=stored["call"],
             fps=stored.get("fps", DEFAULT_FPS),

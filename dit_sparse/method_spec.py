@@ -1,12 +1,14 @@
 """A method as typed on the command line: `adaspa`, or `adaspa:density=0.1,order=tile`."""
 
 import ast
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DENSE = "dense"
+LONGEST_SLUG = 150
 FILES = ".py", ".json"  # a rule of one's own, a preset
 
 
@@ -20,8 +22,11 @@ class MethodSpec:
 
     @property
     def slug(self) -> str:
-        """The text as part of a file name."""
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.text).strip("-")
+        """The text as part of a file name, which systems allow 255 bytes."""
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.text).strip("-")
+        if len(slug) <= LONGEST_SLUG:
+            return slug
+        return f"{slug[:LONGEST_SLUG]}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
 
 def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
@@ -34,7 +39,10 @@ def parse_method(text: str, allow_dense: bool = False) -> MethodSpec:
     name, _, rest = text.partition(":")
     name = name.strip()
     spec = MethodSpec(text, name if name.endswith(FILES) else name.lower(), parse_options(rest))
-    if not (allow_dense and spec.name == DENSE):
+    if allow_dense and spec.name == DENSE:
+        if spec.options:
+            raise ValueError(f"dense attention has no options, got {rest!r}")
+    else:
         from .api import make_config
 
         make_config(spec.name, spec.options)  # now, not after minutes of loading

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .generation import prepare_file
 from .page_data import page_data
 from .video import whole_file
 
@@ -30,12 +31,14 @@ SCRIPTS = (
 
 
 def write_page(folders: list[Path], out: Path) -> Path:
-    """Write the page of one or more folders of `compare`; returns `out`.
+    """Write the page of one or more folders of `compare`; returns its path.
 
     Raises:
         BadReportError: a folder without a report that can be understood.
+        IsADirectoryError, PermissionError: `out` cannot be written.
     """
     text = render(page_data([Path(folder) for folder in folders]))
+    out = prepare_file(out)
     with whole_file(out) as part:
         part.write_text(text, encoding="utf-8")
     return out

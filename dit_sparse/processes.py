@@ -105,7 +105,8 @@ class Records:
 
     def __init__(self, out: Path, processes: Processes, settings: dict[str, Any]):
         self.settings, self.here = settings, dict[str, dict[str, Any]]()
-        self.folder = prepare_folder(out / "records") if processes.several else None
+        self.place = out / "records"
+        self.folder = prepare_folder(self.place) if processes.several else None
         if self.folder and processes.first:
             for part in out.rglob(".part-*"):  # a killed process leaves them
                 part.unlink()
@@ -119,6 +120,10 @@ class Records:
                 self.here[name] = read["record"]
         found = self.here.get(name)
         return found if found and found["prompt"] == prompt else None
+
+    def forget(self, name: str) -> None:
+        """To be called before files of a video are replaced: an older record is of those."""
+        (self.place / f"{name}.json").unlink(missing_ok=True)
 
     def add(self, name: str, record: dict[str, Any]) -> None:
         """To be called when all files of the video are whole."""

@@ -37,7 +37,11 @@ def read_video(path: str | Path) -> Video:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGES and not path.name.startswith(".")  # what a kill leaves
+    ]
     return sorted(found, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path))
 
 
@@ -57,10 +61,17 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_images(path: Path) -> Video:
+    """A gif or WebP; what it shows longer than others are equal frames that were joined."""
+    frames, durations = [], []
     with Image.open(path) as image:
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-        duration = image.info.get("duration")  # milliseconds
-    return Video(np.stack(frames), 1000 / duration if duration else None)
+        for frame in ImageSequence.Iterator(image):
+            frames.append(np.asarray(frame.convert("RGB")))
+            durations.append(frame.info.get("duration") or 0)  # milliseconds
+    shortest = min(durations)
+    if not shortest:
+        return Video(np.stack(frames))
+    counts = [round(duration / shortest) for duration in durations]
+    return Video(np.repeat(np.stack(frames), counts, axis=0), 1000 / shortest)
 
 
 def read_av(path: Path) -> Video:

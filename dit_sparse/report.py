@@ -82,7 +82,7 @@ def make_report(
     if any(entry["kind"] == "reuse" for entry in measured):
         measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
-    effective_cost = cost / dense_equivalent if dense_equivalent else 0.0
+    effective_cost = cost / dense_equivalent if dense_equivalent else 1.0
     if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
         notes = [*notes, COSTLY.format(effective_cost)]
     notes = [*notes, *{state.dense_because for state in states if state.dense_because}]

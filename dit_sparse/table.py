@@ -79,8 +79,19 @@ def remarks(report: dict[str, Any]) -> list[str]:
         )
     if report["metrics"]["lpips_missing"]:
         lines.append(f"No LPIPS: {report['metrics']['lpips_missing']}.")
-    notes = [note for run in report["runs"] for note in run["notes"]]
-    return lines + [f"note: {note}" for note in dict.fromkeys(notes)]
+    return lines + notes(report)
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """Each note once, with the methods that it is of where it is not of all."""
+    labels = dict.fromkeys(run["label"] for run in report["runs"])
+    told = dict.fromkeys(note for run in report["runs"] for note in run["notes"])
+    lines = []
+    for note in told:
+        of = dict.fromkeys(run["label"] for run in report["runs"] if note in run["notes"])
+        whose = "" if len(of) == len(labels) else f" on {', '.join(of)}"
+        lines.append(f"note{whose}: {note}")
+    return lines
 
 
 def quality(row: dict[str, Any]) -> list[str]:

@@ -48,8 +48,9 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
     codecs = [name for name in ("libx264", "h264", "mpeg4") if has_encoder(name)]
     if not codecs:
         raise RuntimeError("this PyAV has neither an H.264 nor an MPEG-4 encoder: pip install av")
-    frames = even_sides(to_uint8(frames))
-    with whole_file(Path(path)) as part, av.open(str(part), "w", format="mp4") as container:
+    frames, path = even_sides(to_uint8(frames)), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1000)
         stream: Any = container.add_stream(codecs[0], rate=rate)
         stream.height, stream.width = frames.shape[1:3]

@@ -315,6 +315,7 @@ def main():
         "torch": torch.__version__,
         **report,
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     contact_sheet(video, args.sheet or args.out.with_suffix(".png"))
     print(json.dumps({k: v for k, v in report.items() if k != "clips"}, indent=1))

@@ -6,7 +6,7 @@ Rays run straight into the picture and march through signed distances. Everythin
 camera included, is that of `clips.py`; captions end in "in the light".
 """
 
-import sys
+import argparse
 from functools import partial
 
 import torch
@@ -108,8 +108,11 @@ draw_solids = partial(draw_clips, draw=draw_solid, ending=", in the light")
 def main():
     from prompt_check import contact_sheet
 
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sheet", help="PNG file of some clips; their captions are printed")
+    args = parser.parse_args()
     video, captions, _ = draw_solids(8, 17, 128, 128, torch.Generator().manual_seed(0))
-    contact_sheet(video, sys.argv[1])
+    contact_sheet(video, args.sheet)
     print(*captions, sep="\n")
 
 

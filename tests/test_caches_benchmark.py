@@ -32,3 +32,6 @@ def test_what_a_cache_and_a_method_have_alone_is_beside_what_both_have(tmp_path)
     assert both["effective_cost"] < first["effective_cost"]
     assert both["product"]["effective_cost"] == pytest.approx(alone * first["effective_cost"])
     assert dense["psnr"] == 100 > both["psnr"]
+    caches.main([*given, "--method", "adaspa:density=0.4,block_size=32", "--height", "96"])
+    again = json.loads(out.read_text())["records"]
+    assert again[:6] == records and {r["size"] for r in again[6:]} == {"64x96x9"}

@@ -62,7 +62,7 @@ def test_what_is_corrected_by_what():
     ],
 )
 def test_rows_of_a_claim_and_their_differences(tmp_path, claim, names):
-    out = tmp_path / "claims.json"
+    out = tmp_path / "new" / "claims.json"
     small = "--prompts 1 --seeds 1 --steps 6 --dtype float32".split()
     claims.main(["--pipeline", str(tiny_folder()), "--out", str(out), "--claim", claim, *small])
     stored = json.loads(out.read_text())

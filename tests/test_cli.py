@@ -15,7 +15,8 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from dit_sparse import available_methods, failure, generation, step
-from dit_sparse.cli import app
+from dit_sparse.cli import app, read_prompts
+from dit_sparse.loading import load_pipeline
 from dit_sparse.method_spec import parse_method
 
 SMALL = "adaspa:density=0.5,block_size=32"
@@ -63,6 +64,11 @@ def test_generate_writes_a_video_for_each_prompt_seed_and_method(tmp_path):
     assert len(saved) == 8 and all(Path(entry["video"]).is_file() for entry in saved)
 
 
+def test_prompts_of_a_file_from_windows(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf# two\r\na red circle\r\n\r\na cat\r\n")
+    assert read_prompts(None, tmp_path / "prompts.txt") == ["a red circle", "a cat"]
+
+
 def test_generate_names_its_video_on_stdout_and_is_else_quiet(tmp_path):
     result = invoke("generate", "-p", tiny_folder(), "-m", "dense", "-o", tmp_path, "--quiet")
     assert result.stdout.startswith(str(tmp_path / "p00-s0-dense.mp4")) and not result.stderr
@@ -94,6 +100,11 @@ def test_method_options_are_read_as_python_values():
     assert "/" not in spec.slug and " " not in spec.slug
 
 
+def test_a_method_with_many_options_gives_a_name_that_files_may_have():
+    slugs = {parse_method("auto:density=0.10" + n * "0").slug for n in (200, 201)}
+    assert len(slugs) == 2 and all(len(slug) < 160 for slug in slugs)
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -110,6 +121,11 @@ def test_method_options_are_read_as_python_values():
 @pytest.mark.parametrize("command", ["compare", "generate"])
 def test_a_bad_method_is_refused(command, method, words):
     assert words in refused(2, command, "-p", tiny_folder(), "-m", method)
+
+
+def test_options_of_dense_attention_are_refused():
+    with pytest.raises(ValueError, match="dense attention has no options"):
+        parse_method("dense:density=0.5", allow_dense=True)
 
 
 def test_bad_prompts_are_refused(tmp_path):
@@ -130,16 +146,29 @@ def test_bad_places_are_refused(tmp_path):
     assert "no such folder" in refused(2, "compare", "-p", "nobody/no-such-pipeline")
 
 
+def test_a_path_may_be_a_name_of_the_hub():
+    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
+        load_pipeline(Path("no-such-pipeline"), "cpu", torch.float32)
+
+
 def test_bad_numbers_are_refused(tmp_path):
     base = ("generate", "-p", tiny_folder(), "-o", tmp_path)
     assert "num_inference_steps" in refused(2, *base, "--steps", 0)
     assert "height" in refused(2, *base, "--height", -64)
+    for guidance in ("nan", "inf"):
+        assert f"positive, got {guidance}" in refused(2, *base, "--guidance", guidance)
     assert "divisible by 16 but are 33" in refused(2, *base, "--height", 33)
     assert "--psnr must be a number above 0" in refused(2, "calibrate", "--psnr", "nan")
     assert "2 is given more than once" in refused(2, *base, "--seed", 2, "--seed", 2)
     assert "given twice" in refused(2, *base, "-m", SMALL, "-m", SMALL)
     assert "--dtype" in refused(2, *base, "--dtype", "int8")
     assert "--device" in refused(2, *base, "--device", "gpu")
+
+
+@pytest.mark.parametrize("command", ["compare", "generate", "calibrate", "profile"])
+def test_a_seed_that_is_too_large_is_refused(command):
+    result = invoke(command, "-p", tiny_folder(), "--seed", 2**64)
+    assert result.exit_code == 2 and "at most 64 bits" in result.stderr
 
 
 @NEEDS_NO_GPU
@@ -202,6 +231,10 @@ def test_out_of_memory_in_the_attention_keeps_what_was_compared(tmp_path, monkey
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
 
 
+def test_bench_out_of_memory_names_its_own_options():
+    assert "fewer --tokens" in refused(1, "bench", "--tokens", 10**13, "--device", "cpu")
+
+
 def test_debug_shows_the_error_itself():
     result = invoke("compare", "-m", "adspa", "--debug")
     assert isinstance(result.exception, ValueError)
@@ -236,6 +269,30 @@ def test_ctrl_c_ends_with_130_and_keeps_finished_videos(tmp_path):
     assert "Interrupted" in errors and "Traceback" not in errors
     assert list(tmp_path.glob("*.mp4"))
     assert not list(tmp_path.glob(".part*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "file"),
+    [
+        (["generate", "-m", "dense", "--seed", 0, "--seed", 1], "", "p00-s0-dense.mp4 and 1 more"),
+        (["compare", "-m", SMALL], "", "report.json of"),
+        (["calibrate"], "modes.json", "modes.json of"),
+        (["profile"], "profile.json", "profile.json of"),
+    ],
+)
+def test_what_is_replaced_is_told(tmp_path, command, name, file):
+    arguments = [*command, "-p", tiny_folder(), "-o", tmp_path / name, "-q"]
+    assert "Replaces" not in invoke(*arguments).stderr
+    assert f"Replaces {tmp_path / file}" in invoke(*arguments).stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "profile"])
+def test_a_file_may_lie_under_the_home_folder(tmp_path, monkeypatch, command):
+    """As in --out=~/x.json, which no shell expands, and in a file of options."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = invoke(command, "-p", tiny_folder(), "-o", "~/new/x.json", "-q")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "x.json").is_file()
 
 
 def test_an_output_folder_keeps_the_files_of_the_user(tmp_path):

@@ -16,7 +16,7 @@ from dit_sparse.compare import Comparison
 from dit_sparse.generation import generate_clip
 from dit_sparse.loading import call_arguments, load_pipeline
 from dit_sparse.method_spec import parse_method
-from dit_sparse.table import average
+from dit_sparse.table import average, notes
 from dit_sparse.video import write_gif, write_mp4, write_sheet
 
 RUN_FIELDS = (
@@ -148,6 +148,13 @@ def test_the_boxed_pipeline_is_called_as_its_own_file_says(pipe):
     assert arguments.prompts and arguments.noise_floor and arguments.chance
 
 
+@pytest.mark.parametrize("text", ['{"call": {"hei', "[]", '{"fps": 8}', '{"call": 3}'])
+def test_a_call_file_that_cannot_be_understood_is_named(pipe, tmp_path, text):
+    (tmp_path / "dit_sparse.json").write_text(text)
+    with pytest.raises(ValueError, match="dit_sparse.json does not say how to call"):
+        call_arguments(pipe, tmp_path)
+
+
 def test_a_pipeline_without_call_file_uses_its_own_defaults(pipe, tmp_path):
     arguments = call_arguments(pipe, tmp_path)
     assert arguments.call["num_inference_steps"] == 50 and arguments.fps == 16
@@ -180,6 +187,12 @@ def test_mp4_and_gif_keep_frame_count_and_size(tmp_path, size):
     assert gif.n_frames == 5 and gif.size == size[::-1]
 
 
+def test_mp4_makes_its_folder(tmp_path):
+    """`samples/wan.py --out new/wan.mp4` must not fail when the video is made."""
+    write_mp4(tmp_path / "new" / "a.mp4", np.zeros((2, 8, 8, 3), np.uint8), 8)
+    assert (tmp_path / "new" / "a.mp4").is_file()
+
+
 def test_mp4_shows_the_frames_it_was_given(tmp_path):
     frames = np.zeros((4, 32, 32, 3), np.uint8)
     frames[:, :, 16:, 0] = 200
@@ -210,6 +223,12 @@ def test_sheet_has_a_row_for_dense_and_two_for_each_method(tmp_path):
     write_sheet(tmp_path / "two.png", frames, [("a", frames), ("b", frames)])
     one, two = Image.open(tmp_path / "one.png"), Image.open(tmp_path / "two.png")
     assert one.width == two.width and one.height * 5 == two.height * 3
+
+
+def test_a_note_names_its_methods_where_it_is_not_of_all():
+    labels = {"adaspa": ["same", "costly"], "auto": ["same"], "window": ["same", "costly"]}
+    runs = [{"label": label, "notes": of} for label, of in labels.items()]
+    assert notes({"runs": runs + runs}) == ["note: same", "note on adaspa, window: costly"]
 
 
 def test_average_leaves_out_what_is_unknown():

@@ -161,7 +161,9 @@ def test_the_environment_turns_it_off(monkeypatch, caplog):
     assert [m for m in caplog.messages if "DIT_SPARSE=0" in m] == caplog.messages
     assert pipe.transformer.attn_processors == before and not handle.enabled
     assert generate(pipe, "Wan").equal(stock)
-    assert handle.report().trace == []
+    report = handle.report()
+    assert report.trace == [] and report.effective_cost == 1
+    assert "DIT_SPARSE=0" in report.notes[0]
     handle.disable()
 
 

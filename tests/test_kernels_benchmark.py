@@ -1,6 +1,7 @@
 """benchmarks/kernels.py without a GPU: nothing that fails, hangs or is killed loses the rest."""
 
 import json
+import runpy
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -169,3 +170,11 @@ def test_tiles_of_a_search_are_swept_on_the_interpreter(tmp_path, monkeypatch):
     default, swept = one.records
     assert swept["engine"] == "block_mass (64, 32, 4, 3)" and ran[1] == tile != ran[0]
     assert swept["sum"] == pytest.approx(default["sum"], rel=1e-5)
+
+
+def test_help_of_the_masks_records_none(monkeypatch):
+    """They are a file of the repository."""
+    monkeypatch.setattr("dit_sparse.loading.load_pipeline", None)
+    monkeypatch.setattr(sys, "argv", ["masks.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "benchmarks" / "masks.py"), run_name="__main__")

@@ -146,6 +146,15 @@ def test_a_report_without_its_fields_is_refused(copy):
         assert "not what" in refused(2, "report", copy(edit))
 
 
+def test_report_makes_no_folder_of_a_name_that_is_none(tmp_path):
+    assert "no report.json" in refused(2, "report", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_cannot_take_the_place_of_a_folder(folder, tmp_path):
+    assert "name a file" in refused(2, "report", folder, "-o", tmp_path)
+
+
 def test_report_rebuilds_a_page_and_merges_several(folder, tmp_path):
     assert invoke("report", folder).exit_code == 0
     assert embedded((folder / "report.html").read_text())["reports"][0]["name"] == str(folder)
@@ -246,12 +255,26 @@ def test_videos_are_read_from_files_and_folders(tmp_path, kind):
         assert video.fps == pytest.approx(8, rel=0.05)
 
 
+def test_a_hidden_file_is_no_frame(tmp_path):
+    write_frames(tmp_path, tiny_frames(0))
+    (tmp_path / ".part-7-0003.webp").write_bytes(b"half a frame")
+    assert np.array_equal(read_video(tmp_path).frames, tiny_frames(0))
+
+
+def test_equal_frames_of_a_gif_are_all_read(tmp_path):
+    """As HunyuanVideo shows them; a gif joins them to one that is shown longer."""
+    frames = np.repeat(tiny_frames(0), 4, axis=0)[3:]
+    write_gif(tmp_path / "a.gif", frames, 8)
+    video = read_video(tmp_path / "a.gif")
+    assert len(video.frames) == len(frames) and video.fps == pytest.approx(8, rel=0.05)
+
+
 def test_compare_videos_measures_and_shows_them(tmp_path):
     frames = tiny_frames(0)
     write_frames(tmp_path / "a", frames)
     write_frames(tmp_path / "b", frames)
-    write_mp4(tmp_path / "c.mp4", frames, 8)
-    names = [tmp_path / name for name in ("a", "b", "c.mp4")]
+    write_mp4(tmp_path / "c [old].mp4", frames, 8)
+    names = [tmp_path / name for name in ("a", "b", "c [old].mp4")]
     result = invoke("compare-videos", *names, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     same, other = json.loads(result.stdout)["runs"]
@@ -260,6 +283,7 @@ def test_compare_videos_measures_and_shows_them(tmp_path):
     assert data["cells"][0]["runs"][1]["dense_label"] == "a" and all(data["clips"])
     result = invoke("compare-videos", *names, "-o", tmp_path / "out")
     assert "PSNR" in result.stdout and "density" not in result.stdout
+    assert "c [old].mp4" in result.stdout and "report.json of an earlier run" in result.stderr
 
 
 def test_videos_that_cannot_be_compared_are_refused(tmp_path):
@@ -270,4 +294,15 @@ def test_videos_that_cannot_be_compared_are_refused(tmp_path):
     out = ("-o", tmp_path / "out")
     expected = {"short": "5 frames", "text.mp4": "read as", "empty": "no images", "none": "no "}
     for name, words in expected.items():
-        assert words in refused(2, "compare-videos", tmp_path / "a", tmp_path / name, *out)
+        names = "a", "a", name
+        assert words in refused(2, "compare-videos", *(tmp_path / n for n in names), *out)
+    assert not list((tmp_path / "out").iterdir())  # nor what an earlier run left there
+
+
+def test_frames_that_would_be_written_over_are_refused(tmp_path):
+    frames = [tmp_path / "frames" / name for name in ("00", "01")]
+    for seed, folder in enumerate(frames):
+        write_frames(folder, tiny_frames(seed))
+    line = refused(2, "compare-videos", *reversed(frames), "-o", tmp_path)
+    assert "name another --out" in line and not (tmp_path / "report.json").exists()
+    assert np.array_equal(read_video(frames[0]).frames, tiny_frames(0))

@@ -238,6 +238,44 @@ def test_several_reports_and_videos_share_a_page(browser, page, tmp_path):
     assert len(browser.find_elements("css selector", "tr.report")) == 2
 
 
+def test_a_line_joins_methods_of_one_pipeline_alone(browser, tmp_path):
+    folders = [save_tiny_report(tmp_path / name) for name in ("a", "again", "other")]
+    report = json.loads((folders[2] / "report.json").read_text())
+    report["pipeline"]["source"] = "other"
+    (folders[2] / "report.json").write_text(json.dumps(report))
+    browser.get(write_page(folders, tmp_path / "all.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    assert len(browser.find_elements("css selector", "#pareto .frontier")) == 2
+
+
+def test_a_method_with_many_options_does_not_widen_the_page(browser, tmp_path):
+    folder = save_tiny_report(tmp_path / "long")
+    report = json.loads((folder / "report.json").read_text())
+    report["runs"][0]["label"] = "auto:" + ",".join(f"option_{n}=value" for n in range(20))
+    (folder / "report.json").write_text(json.dumps(report))
+    browser.get(write_page([folder], folder / "report.html").as_uri())
+    until(lambda: browser.execute_script("return Boolean(maps.trace)"))
+    assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_a_method_beyond_the_colours_is_dashed_and_hollow(browser, tmp_path):
+    folder = save_tiny_report(tmp_path / "many")
+    report = json.loads((folder / "report.json").read_text())
+    report["runs"] = [report["runs"][0] | {"label": f"method {n}"} for n in range(18)]
+    (folder / "report.json").write_text(json.dumps(report))
+    browser.get(write_page([folder], folder / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.body.dataset.ready === '0'"))
+    for shape in (".line", ".point", "#figures .swatch"):
+        found = browser.find_elements("css selector", shape)
+        assert len(found) == 18 and "again" in found[6].get_attribute("class"), shape
+    names = browser.find_elements("css selector", "#pareto .name")
+    heights = sorted(float(name.get_attribute("y")) for name in names)
+    assert heights[-1] < browser.execute_script("return PLOT.height - PLOT.bottom")
+    assert min(b - a for a, b in zip(heights, heights[1:])) > 14.9
+    style = "return getComputedStyle(document.querySelector('.line.again')).strokeDasharray"
+    assert browser.execute_script(style) != "none"
+
+
 def test_a_real_report_plays_scrubs_wipes_and_shows_a_layer(browser, tmp_path):
     from selenium.webdriver.support.ui import Select
     from test_cli import SMALL, invoke

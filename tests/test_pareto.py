@@ -57,6 +57,18 @@ def test_records_of_methods_and_a_second_run_that_adds_one(tmp_path, monkeypatch
     assert joined["lines"] == second["lines"]
 
 
+def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pareto.parse(arguments(tmp_path / "pareto.json", "adaspa", "adspa"))
+    assert "no method 'adspa'" in capsys.readouterr().err
+
+
+def test_no_figure_of_no_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        pareto.draw({"records": []}, tmp_path / "figure.png")
+
+
 def test_a_method_of_another_grid_is_replaced_also_by_what_processes_left(tmp_path):
     out, wider = tmp_path / "pareto.json", ["--spacings", "1", "1.5"]
     pareto.main(arguments(out, "window", "random"))

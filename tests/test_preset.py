@@ -121,5 +121,8 @@ def test_the_command_saves_a_preset_or_says_why_not(tmp_path):
     assert make_config(str(path), {})[0] == Auto(**LADDER[0])
     result = invoke("--psnr", 500, "--out", path)
     assert result.exit_code == 1 and "generate densely" in result.output
-    result = invoke("--psnr", 20, "--density", 0.1)
-    assert result.exit_code == 2 and "leave the options of methods out" in result.output
+    for option, value in (("--density", 0.1), ("--block-size", 32)):
+        result = invoke("--psnr", 20, option, value)
+        assert result.exit_code == 2 and "leave the options of methods out" in result.output
+    result = invoke("--psnr", 20, "--out", tmp_path)
+    assert result.exit_code == 2 and "is a folder" in result.output

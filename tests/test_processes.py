@@ -136,6 +136,16 @@ def test_a_record_counts_for_the_same_prompt_and_settings_only(tmp_path):
     assert again(Processes(), {"steps": 3}).find("p00-s0", "a") is None
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_record_does_not_count_once_its_video_is_replaced(tmp_path, command):
+    records = Records(tmp_path, Processes(SimpleNamespace(process_index=0)), {})
+    for method in ("dense", "window"):
+        records.add(f"p00-s0-{method}", {"prompt": "a", "seconds": 1.0})
+    invoke(command, "-p", tiny_folder(), "-m", "window", "--prompt", "b", "-o", tmp_path, "-q")
+    left = {"p00-s0-dense.json"} if command == "generate" else set()
+    assert {path.name for path in (tmp_path / "records").iterdir()} == left
+
+
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -136,6 +136,13 @@ def test_with_the_text_masked_a_prompt_says_nothing(module, name):
     assert first.shape == (3, 3, 32, 32)
 
 
+def test_solids_without_a_sheet_say_what_is_missing(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["solids.py"])
+    with pytest.raises(SystemExit):
+        module("solids").main()
+    assert "required: sheet" in capsys.readouterr().err
+
+
 def test_solids_are_drawn_with_the_same_labels_and_say_so(module):
     clips, solids = module("clips"), module("solids")
     flat = clips.draw_clips(4, 3, 32, 32, torch.Generator().manual_seed(1))

@@ -26,6 +26,9 @@ def test_trials_of_tuning_prompts_go_on_where_they_stopped(tmp_path):
     assert [record["method"] for record in found["records"]] == [SPARSE, AUTO]
     assert all(0 < r["effective_cost"] < 1.5 and r["psnr"] > 0 for r in found["records"])
     assert found["settings"]["prompt_seed"] == trials.TUNING_SEED
+    trials.main([*given, "--method", SPARSE, "--height", "96"])
+    sizes = [record["size"] for record in json.loads(out.read_text())["records"]]
+    assert sizes == ["64x64x9", "64x64x9", "64x96x9"]
 
 
 def test_trials_need_a_method(tmp_path):

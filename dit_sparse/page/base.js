@@ -63,12 +63,14 @@ for (const cell of data.cells) {
   for (const run of cell.runs) {
     const key = `${run.report}\n${run.label}`;
     if (!series.includes(key)) series.push(key);
-    run.tint = `t${series.indexOf(key) % TINTS}`;
+    run.tint = tintOf(run.report, run.label);
   }
 }
 
+// Those beyond the tints have the first ones again, hollow and dashed.
 function tintOf(report, label) {
-  return `t${Math.max(0, series.indexOf(`${report}\n${label}`)) % TINTS}`;
+  const number = Math.max(0, series.indexOf(`${report}\n${label}`));
+  return `t${number % TINTS}${number < TINTS ? "" : " again"}`;
 }
 
 // The label of a run, and where it comes from if there is a choice.

@@ -61,7 +61,9 @@ function drawTradeoff() {
   $("pareto").replaceChildren(
     ...axes(plot, AXES[xKey], AXES[yKey]),
     ...marks.flatMap((mark) => boundLine(mark, plot, AXES[yKey].digits)),
-    draw("path", { class: "frontier", d: path(frontier(points, AXES[yKey].lowIsGood), plot) }),
+    ...frontiers(points, AXES[yKey].lowIsGood).map((line) =>
+      draw("path", { class: "frontier", d: path(line, plot) }),
+    ),
     ...clips.map((p) => spot("clip", p, plot, 2.5)),
     ...points.map((p) => spot("point", p, plot, 6)),
     ...pointLabels(points, plot),
@@ -128,6 +130,17 @@ function axis(range, at) {
   return scale.values.flatMap((value) => at(value, value.toFixed(scale.digits)));
 }
 
+// One for each pipeline and call: dense videos of another are another yardstick.
+function frontiers(points, lowIsGood) {
+  const groups = new Map();
+  for (const point of points) {
+    const { pipeline } = data.reports[point.report];
+    const key = JSON.stringify([pipeline?.source, pipeline?.call]);
+    groups.set(key, [...(groups.get(key) ?? []), point]);
+  }
+  return [...groups.values()].map((group) => frontier(group, lowIsGood));
+}
+
 function frontier(points, lowIsGood) {
   const sign = lowIsGood ? -1 : 1;
   const beaten = (p) =>
@@ -138,22 +151,31 @@ function frontier(points, lowIsGood) {
 }
 
 // To the right of a point, unless there is no room or another point, and the left is free.
-function pointLabels(points, { x, y, width }) {
-  let last = -Infinity;
+function pointLabels(points, plot) {
+  const { x, y, width } = plot;
   const ordered = [...points].sort((p, q) => y(p.y) - y(q.y));
-  return ordered.map((p) => {
-    last = Math.max(y(p.y) + 4, last + 15);
+  const heights = labelHeights(ordered.map((p) => y(p.y) + 4), plot);
+  return ordered.map((p, i) => {
     const room = 12 + 7 * whose(p).length;
     const covers = (side) =>
       points.some((q) => {
         const beyond = side * (x(q.x) - x(p.x));
-        return q !== p && Math.abs(y(q.y) + 4 - last) < 12 && beyond > 0 && beyond < room + 6;
+        return q !== p && Math.abs(y(q.y) + 4 - heights[i]) < 12 && beyond > 0 && beyond < room + 6;
       });
     const leftward = x(p.x) + room > width || (covers(1) && !covers(-1));
     return draw(
       "text",
-      { class: leftward ? "name end" : "name", x: x(p.x) + (leftward ? -12 : 12), y: last },
+      { class: leftward ? "name end" : "name", x: x(p.x) + (leftward ? -12 : 12), y: heights[i] },
       whose(p),
     );
   });
+}
+
+// Pushed down where labels are too near, and up again where the plot ends.
+function labelHeights(wanted, { height, bottom }) {
+  const found = [];
+  for (const at of wanted) found.push(Math.max(at, (found.at(-1) ?? -Infinity) + 15));
+  let lowest = height - bottom - 4;
+  for (let i = found.length - 1; i >= 0 && found[i] > lowest; i--, lowest -= 15) found[i] = lowest;
+  return found;
 }
