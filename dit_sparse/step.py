@@ -380,16 +380,28 @@ def register_layer(layer: LayerAttention) -> Tensor:
     return torch.tensor(slot)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
+    """(B, S, H, D) attention of the layer registered under `slot`.
+
+    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    return _attend(query, key, value, slot)
+
+
 @torch.library.custom_op(
     "dit_sparse::attend",
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),  # a replay would freeze the choice of dense or sparse
 )
-def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
-    """(B, S, H, D) attention of the layer registered under `slot`."""
-    return _LAYERS[int(slot)](query, key, value).contiguous()
+def _attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):  # scores and means stay in float32
+        return _LAYERS[int(slot)](query, key, value).contiguous()
 
 
-@attend.register_fake
+@_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from composed import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_sparse import enable_sparse_attention
+from dit_sparse import enable_sparse_attention, reference
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 CPU = torch.device("cpu")
@@ -113,6 +113,40 @@ def test_weights_in_fp8(family, order):
     assert generate(pipe, family).equal(dense)
     frames, handle = sparse(family, cast, order)
     assert not frames.equal(dense) and handle.report().reuse_calls > 0
+
+
+def under_autocast(pipe, family):
+    with torch.autocast("cpu", torch.bfloat16):
+        return generate(pipe, family)
+
+
+@over_families("autocast")
+def test_autocast(family):
+    """Norms of queries and keys may leave them in another dtype than values."""
+    pipe = make(family)
+    dense = under_autocast(pipe, family)
+    with enable_sparse_attention(pipe, density=1.0, keep_padding=True):
+        assert under_autocast(pipe, family).equal(dense)
+    with enable_sparse_attention(pipe, **SPARSE | {"density": 0.99}):
+        all_kept = under_autocast(pipe, family)
+    assert (all_kept - dense).abs().max() < 0.02 * dense.abs().max()
+
+
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo"])
+def test_autocast_reaches_no_search(family, monkeypatch):
+    """Scores of blocks are made in float32, as without autocast."""
+    seen = set()
+    score = reference.block_mass
+
+    def looked_at(*given):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return score(*given)
+
+    monkeypatch.setattr(reference, "block_mass", looked_at)
+    pipe = make(family)
+    enable_sparse_attention(pipe, **SPARSE)
+    under_autocast(pipe, family)
+    assert seen == {False}
 
 
 @pytest.mark.slow
