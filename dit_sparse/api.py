@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import refuse_missing
 from .caches import refuse_faster_cache, refuse_shared_broadcast
 from .config import SparseConfig, flag, whole
+from .defaults import torch_defaults
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .one_thread import OneThread
@@ -276,6 +277,7 @@ class Installation:
         return swap.take_off
 
     @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
+    @torch_defaults()
     def _before_call(
         self, transformer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:

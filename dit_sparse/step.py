@@ -12,6 +12,7 @@ from .attention import choose_engine, sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig
 from .cost_model import predicted_speedup
+from .defaults import torch_defaults
 from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
@@ -377,7 +378,7 @@ def register_layer(layer: LayerAttention) -> Tensor:
     """A slot, 0-d int64 on the CPU, by which `attend` finds the layer as long as it lives."""
     slot = next(_next_slot)
     _LAYERS[slot] = layer
-    return torch.tensor(slot)
+    return torch.tensor(slot, device="cpu")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
@@ -398,7 +399,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     tags=(torch.Tag.cudagraph_unsafe,),  # a replay would freeze the choice of dense or sparse
 )
 def _attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):  # scores and means stay in float32
+    in_float32 = torch.autocast(query.device.type, enabled=False)  # scores and means
+    with in_float32, torch_defaults():
         return _LAYERS[int(slot)](query, key, value).contiguous()
 
 
