@@ -240,6 +240,9 @@ class Installation:
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
             undo.callback(hook.remove)
+            if not self.one_thread.knows_loop:
+                hook = transformer.register_forward_hook(self._after_call)
+                undo.callback(hook.remove)
             self._off = undo.pop_all()
 
     def off(self) -> None:
@@ -304,6 +307,16 @@ class Installation:
             )
         changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
+
+    @torch.compiler.disable
+    def _after_call(self, *_: Any) -> None:
+        """Of a bare transformer: nobody else says that a run has ended.
+
+        Where its last step makes two calls, it seems over between them.
+        """
+        call = self.state.call
+        if call is not None and call.step == call.num_steps - 1:
+            self.one_thread.end()
 
     def _guided(self, branch: str, step: int, batch: int) -> bool:
         """Whether a batch holds both guidance branches; judged at the first step of a run that has

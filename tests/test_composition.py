@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import accelerate
@@ -246,3 +247,40 @@ def test_threads_that_take_turns_are_served_also_after_a_run_that_was_given_up()
     frames = []
     assert in_thread(lambda: frames.append(generate(pipe, "Wan"))) == []
     assert frames[0].equal(expected) and generate(pipe, "Wan").equal(expected)
+
+
+@torch.no_grad()
+def loop(transformer):
+    """A loop of one's own around a bare transformer, 3 steps of two guidance calls each."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    texts = torch.randn(2, 1, 16, 32, generator=generator)
+    for time in (900.0, 600.0, 300.0):
+        for text in texts:
+            latents = latents - 0.1 * transformer(latents, torch.tensor([time]), text).sample
+    return latents
+
+
+def test_threads_of_a_pool_take_turns_on_a_bare_transformer():
+    transformer = make("Wan").transformer
+    enable_sparse_attention(transformer, num_steps=3, **SPARSE)
+    expected = loop(transformer)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for pool in (one, other, one):
+            assert pool.submit(loop, transformer).result().equal(expected)
+
+
+def test_two_threads_at_once_on_a_bare_transformer_are_both_refused():
+    transformer = make("Wan").transformer
+    enable_sparse_attention(transformer, num_steps=3, **SPARSE)
+    done, seen = iter(range(100)), []
+
+    def second_run(*_):
+        if next(done) == 2:
+            seen.extend(in_thread(lambda: loop(transformer)))
+
+    hook = transformer.register_forward_pre_hook(second_run, prepend=True)
+    with pytest.raises(RuntimeError, match="two threads"):
+        loop(transformer)
+    hook.remove()
+    assert len(seen) == 1
