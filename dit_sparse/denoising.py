@@ -33,14 +33,14 @@ class Denoising:
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
         told = self._told_step()
-        current = self._timestep_of_pipeline(told)
-        if current is None and hasattr(self._pipe(), "_current_timestep"):
+        of_loop = self._timestep_of_pipeline(told)
+        if of_loop is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
-        current = timestep if current is None else current
+        current = timestep if of_loop is None else of_loop
         again = current is self._time
         if not again and told is None:
             told = self._place_in_schedule(current)
-            again = told is None and self._count(current)
+            again = told is None and self._count(current, of_loop is not None)
         if again:
             self._calls_in_step += 1
         else:
@@ -63,16 +63,17 @@ class Denoising:
             self._failed_at = current
         return None if current is self._failed_at else current
 
-    def _count(self, current: Tensor) -> bool:
+    def _count(self, current: Tensor, of_loop: bool) -> bool:
         """Count steps by their timesteps; True where it is that of the last call. One host sync.
 
-        A larger one than before is a new run; of one step, each is.
+        A larger one than before is a new run; of one step, each is. A loop's own is another object
+        at each step, also where a schedule has it twice, as that of PNDM.
         """
         if self._steps_in_all() == 1:
             self._step = 0
             return False
         now, before = (None if t is None else float(t.max()) for t in (current, self._time))
-        if now == before:
+        if now == before and not of_loop:
             return True
         self._step = 0 if before is not None and now > before else self._step + 1
         return False

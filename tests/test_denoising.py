@@ -76,6 +76,18 @@ def test_a_failed_first_step_does_not_count_where_the_scheduler_has_no_step_inde
         assert steps == list(range(stop))
 
 
+def test_a_timestep_that_a_schedule_has_twice_is_two_steps():
+    pipe = Pipeline()
+    timesteps = torch.tensor([900.0, 800.0, 800.0, 700.0])
+    pipe.scheduler = SimpleNamespace(timesteps=timesteps)  # as PNDM's
+    model = Denoising(pipe, None)
+    for _ in range(2):
+        seen = []
+        for pipe._current_timestep in timesteps:
+            seen += [model.read(pipe._current_timestep.expand(1)) for _ in range(2)]
+        assert seen == [(step, 4, f"call_{call}") for step in range(4) for call in range(2)]
+
+
 def test_a_run_of_another_pipeline_is_refused():
     pipe = Pipeline()
     model = Denoising(pipe, None)
