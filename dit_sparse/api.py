@@ -135,6 +135,7 @@ class SparseAttention:
         self.method, self.config, self.enabled_on = method, config, ref(pipe)
         self.keep_padding = keep_padding
         self._notes: list[str] = []
+        self._told: set[str] = set()
         self._installed: list[Installation] = []
         with ExitStack() as undo:  # all transformers or none
             for transformer, family in transformers:
@@ -184,10 +185,13 @@ class SparseAttention:
             " enable it again on both"
         )
 
-    def note(self, text: str) -> None:
-        """Warn, and say it in the report too."""
-        if text not in self._notes:
-            self._notes.append(text)
+    def note(self, text: str, state: State | None = None) -> None:
+        """Warn once, and say it in every report, or in that of a transformer's run."""
+        notes = self._notes if state is None else state.notes
+        if text not in notes:
+            notes.append(text)
+        if text not in self._told:
+            self._told.add(text)
             logger.warning(text)
 
 
@@ -290,20 +294,21 @@ class Installation:
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
-        self._tell_of_forced_blocks(prepared.grid)
         batch, lengths = len(latents), prepared.lengths
         guided = self._guided(branch, step, batch) and lengths is None
         place = latents.device, latents.dtype
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths, guided, batch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
+        self._tell_of_forced_blocks(prepared.grid)
         if len(self.state.last) > 1:
             refuse_shared_broadcast(swap.module for swap in self.swaps)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
-                " without sparsity; enable sparse attention last"
+                " without sparsity; enable sparse attention last",
+                self.state,
             )
         changed = prepared.changed | self._reordered(given, prepared)
         return ((), given | changed) if changed else None
@@ -338,7 +343,8 @@ class Installation:
         if share > self.config.density:
             self.handle.note(
                 f"text and conditioning frames are {share:.0%} of the blocks and always attended:"
-                f" density={self.config.density:g} leaves the rest with its own block alone"
+                f" density={self.config.density:g} leaves the rest with its own block alone",
+                self.state,
             )
 
     def _reordered(self, given: dict, prepared: Prepared) -> dict:

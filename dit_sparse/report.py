@@ -72,6 +72,7 @@ def make_report(
     method: str, config: dict, states: list[State], layers: list[int], notes: list[str]
 ) -> Report:
     """Sum up the logs of a pipeline's transformers; `layers` counts the sparse layers of each."""
+    notes = [*dict.fromkeys([*notes, *(note for state in states for note in state.notes)])]
     records = [record for state in states for record in state.trace]
     dense_equivalent = sum(s.parts_in_all * count for s, count in zip(states, layers))
     trace = [_entry(record) for record in records]

@@ -88,7 +88,7 @@ class State:
     holds the corrections of each device in host memory, where it is not None; `heads` tells, of
     each branch and layer, the order in which processes share its heads, where it is not their own;
     `shares` says what guidance branches of equal shape use of the first of them: where it is "all"
-    they keep one entry, where it is "mask" each its own.
+    they keep one entry, where it is "mask" each its own; `notes` say what ran not as asked.
     """
 
     call: Call | None = None
@@ -107,6 +107,7 @@ class State:
     hosts: dict[torch.device, HostCache] | None = None
     heads: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     shares: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def parts(self) -> int:
@@ -135,6 +136,7 @@ class State:
     def forget(self) -> None:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
+        self.notes = []
         self.planned_bytes, self.parts_in_all, self.dense_because = 0, 0, None
         self.masks = None if self.masks is None else {}
 
