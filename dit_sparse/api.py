@@ -305,6 +305,7 @@ class Installation:
             refuse_shared_broadcast(swap.module for swap in self.swaps)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
+            self.state.parts_outside += replaced * self.state.parts
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
                 " without sparsity; enable sparse attention last",

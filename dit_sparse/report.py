@@ -78,6 +78,7 @@ def make_report(
     trace = [_entry(record) for record in records]
     cost = sum(_mean(entry["density"], 1.0) for entry in trace)
     cost += sum(float(record.extra_cost) for record in records)
+    cost += sum(state.parts_outside for state in states)
     sparse = [entry for entry in trace if entry["density"]]
     measured = [entry for entry in trace if entry["kept_mass"]]
     if any(entry["kind"] == "reuse" for entry in measured):

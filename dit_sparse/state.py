@@ -97,6 +97,7 @@ class State:
     layers: int = 1
     calls: int = 0
     parts_in_all: int = 0  # of these calls
+    parts_outside: int = 0  # of layers whose processor is not ours any more
     peak_bytes: int = 0
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
@@ -136,7 +137,7 @@ class State:
     def forget(self) -> None:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
-        self.notes = []
+        self.parts_outside, self.notes = 0, []
         self.planned_bytes, self.parts_in_all, self.dense_because = 0, 0, None
         self.masks = None if self.masks is None else {}
 

@@ -333,6 +333,17 @@ def test_replaced_processors_are_reported(pipe, caplog):
     assert any("replaced" in message for message in caplog.messages)
 
 
+def test_layers_with_a_replaced_processor_count_as_dense(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
+    generate(pipe)
+    cost = handle.report().effective_cost
+    for layer, block in enumerate(pipe.transformer.blocks, 1):
+        block.attn1.set_processor(WanAttnProcessor())
+        generate(pipe)
+        dense = layer / len(pipe.transformer.blocks)
+        assert handle.report().effective_cost == pytest.approx(dense + (1 - dense) * cost)
+
+
 class OwnProcessor(WanAttnProcessor):
     pass
 
