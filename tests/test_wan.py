@@ -333,6 +333,16 @@ def test_replaced_processors_are_reported(pipe, caplog):
     assert any("replaced" in message for message in caplog.messages)
 
 
+def test_a_transformer_that_never_ran_is_reported(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
+    ours, pipe.transformer = pipe.transformer, tiny_wan().transformer
+    generate(pipe)
+    assert "has not run" in str(handle.report()) and "0.0%" not in str(handle.report())
+    pipe.transformer = ours
+    generate(pipe)
+    assert not any("has not run" in note for note in handle.report().notes)
+
+
 def test_layers_with_a_replaced_processor_count_as_dense(pipe):
     handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
     generate(pipe)
