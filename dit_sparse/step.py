@@ -250,6 +250,11 @@ class LayerAttention:
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
         shared = self.state.ulysses
         found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
+        if not isinstance(found, Found):
+            raise TypeError(
+                f"{type(config).__name__}.find gave a {type(found).__name__}: return Found(mask),"
+                " with a bool mask (B, H, blocks of queries, blocks of keys)"
+            )
         mask = found.mask
         if not isinstance(mask, BlockMask):
             size = (config.block_size, config.block_size)

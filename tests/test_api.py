@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import tiny_wan
+from tiny import CALL, tiny_wan
 
 import dit_sparse
 from dit_sparse import (
@@ -55,6 +55,18 @@ def test_methods_of_the_user_work_like_ours():
 
     handle = enable_sparse_attention(tiny_wan(), FirstBlocks(), density=0.4)
     assert handle.method == "FirstBlocks" and handle.config == FirstBlocks(density=0.4)
+
+
+@pytest.mark.parametrize(
+    ("find", "told"),
+    [(None, r"Rule has no find\(search\)"), (lambda self, search: search.key, "gave a Tensor")],
+)
+def test_a_rule_that_finds_no_mask_is_told_what_to_give(find, told):
+    rule = type("Rule", (SparseConfig,), {"find": find} if find else {})
+    pipe = tiny_wan()
+    enable_sparse_attention(pipe, rule(search_at=0.0))
+    with pytest.raises((NotImplementedError, TypeError), match=told):
+        pipe("a", **CALL, max_sequence_length=16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
