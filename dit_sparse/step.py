@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -407,6 +408,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     in_float32 = torch.autocast(query.device.type, enabled=False)  # scores and means
     with in_float32, torch_defaults():
         return _LAYERS[int(slot)](query, key, value).contiguous()
+
+
+def _refuse_backward(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "sparse attention has no gradients: call the transformer under torch.no_grad(), and disable"
+        " sparse attention before you train"
+    )
+
+
+_attend.register_autograd(_refuse_backward)
 
 
 @_attend.register_fake

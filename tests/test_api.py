@@ -69,6 +69,14 @@ def test_a_rule_that_finds_no_mask_is_told_what_to_give(find, told):
         pipe("a", **CALL, max_sequence_length=16)
 
 
+def test_training_is_refused_with_what_to_do():
+    transformer = tiny_wan().transformer
+    enable_sparse_attention(transformer, num_steps=1)
+    inputs = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with pytest.raises(RuntimeError, match="no_grad.*disable sparse attention before"):
+        transformer(*inputs).sample.sum().backward()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("engine", ["triton", "fa4"])
 def test_an_engine_without_its_gpu_is_refused_when_enabling(engine):
