@@ -407,6 +407,7 @@ class Installation:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept for calls that autograd follows, too
 def _orders_on(
     device: torch.device, grid: VideoGrid, order: str, block_size: int
 ) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,15 @@ def test_training_is_refused_with_what_to_do():
         transformer(*inputs).sample.sum().backward()
 
 
+def test_a_run_in_inference_mode_does_not_bar_one_without():
+    transformer = tiny_wan().transformer
+    enable_sparse_attention(transformer, num_steps=1, order="tile")
+    inputs = torch.randn(1, 16, 5, 10, 6), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with torch.inference_mode():
+        expected = transformer(*inputs).sample
+    assert transformer(*inputs).sample.equal(expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("engine", ["triton", "fa4"])
 def test_an_engine_without_its_gpu_is_refused_when_enabling(engine):
