@@ -11,6 +11,11 @@ from weakref import ref
 
 from torch import Tensor
 
+OTHER_PIPELINE = (
+    "the transformer runs outside the pipeline that sparse attention was enabled on: enable it on"
+    " the pipeline that you call, or on the transformer with num_steps="
+)
+
 
 class Denoising:
     """Follows one transformer through the denoising loop.
@@ -22,6 +27,7 @@ class Denoising:
 
     def __init__(self, pipe: Any, num_steps: int | None):
         self._pipe = ref(pipe)
+        self._tells_steps = hasattr(type(pipe), "num_timesteps")
         self._num_steps = num_steps
         self._branch: str | None = None
         self._fields: dict[str, Any] = {}
@@ -96,10 +102,7 @@ class Denoising:
     def _refuse_other_pipeline(self) -> None:
         """Our pipeline is not running: its number of steps is that of an earlier run."""
         if self._num_steps is None and self._fields.get("num_inference_steps") is None:
-            raise RuntimeError(
-                "the transformer runs outside the pipeline that sparse attention was enabled on:"
-                " enable it on the pipeline that you call, or on the transformer with num_steps="
-            )
+            raise RuntimeError(OTHER_PIPELINE)
 
     def _place_in_schedule(self, current: Tensor) -> int | None:
         """The step by the scheduler's timesteps, None where they do not tell. One host sync."""
@@ -117,6 +120,8 @@ class Denoising:
         known = self._fields.get("num_inference_steps")
         known = getattr(self._pipe(), "_num_timesteps", None) if known is None else known
         known = self._num_steps if known is None else known
+        if known is None and self._tells_steps:
+            raise RuntimeError(OTHER_PIPELINE)
         if known is None:
             raise RuntimeError(
                 "the number of denoising steps is not known here: enable sparse attention on the"

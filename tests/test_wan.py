@@ -471,6 +471,18 @@ def test_another_pipeline_on_the_transformer_after_a_run_that_failed(pipe, betwe
     assert video_to_video(other, SPARSE).equal(expected)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_another_pipeline_on_the_transformer_of_one_that_never_ran(pipe, is_kept):
+    first = WanPipeline(**pipe.components)
+    enable_sparse_attention(first, "adaspa", **SPARSE)
+    other = WanVideoToVideoPipeline.from_pipe(first)
+    other.set_progress_bar_config(disable=True)
+    if not is_kept:
+        del first
+    with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
+        video_to_video(other)
+
+
 def tiny_video_to_video():
     pipe = WanVideoToVideoPipeline.from_pipe(tiny_wan())
     pipe.set_progress_bar_config(disable=True)
