@@ -456,9 +456,10 @@ def _modules(pipe: Any) -> list[nn.Module]:
 
 
 def supported_transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
-    """The supported transformers in a pipeline, or the one given; a compiled one unwrapped."""
+    """The supported transformers in a pipeline, each once, or the one given; a compiled one
+    unwrapped."""
     modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
-    found = [(module, family) for module in modules if (family := family_of(module)) is not None]
+    found = [(part, family) for part in dict.fromkeys(modules) if (family := family_of(part))]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
         reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))

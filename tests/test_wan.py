@@ -242,6 +242,18 @@ def test_a_second_pipeline_on_the_same_transformer_replaces_and_says_so(pipe, ca
     assert leftovers(pipe.transformer) == ([], set())
 
 
+def test_one_transformer_in_two_places_is_enabled_once(pipe):
+    both = WanPipeline(
+        **pipe.components | {"transformer_2": pipe.transformer}, boundary_ratio=0.875
+    )
+    both.set_progress_bar_config(disable=True)
+    stock = generate(both)
+    with enable_sparse_attention(both, "adaspa", density=1.0) as handle:
+        assert generate(both).equal(stock)
+    assert handle.report().effective_cost == 1
+    assert leftovers(pipe.transformer) == ([], set()) and generate(both).equal(stock)
+
+
 def test_a_failure_while_enabling_leaves_every_transformer_as_it_was(pipe):
     second = WanTransformer3DModel.from_config(pipe.transformer.config).eval()
     pipe = WanPipeline(**pipe.components | {"transformer_2": second}, boundary_ratio=0.875)
