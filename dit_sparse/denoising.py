@@ -44,9 +44,13 @@ class Denoising:
             self._refuse_other_pipeline()
         current = timestep if of_loop is None else of_loop
         again = current is self._time
+        unnamed = told == self._step and self._branch is None
+        if not again and of_loop is None and (told is None or unnamed):
+            again = self._is_time_of_last_call(current)
         if not again and told is None:
             told = self._place_in_schedule(current)
-            again = told is None and self._count(current, of_loop is not None)
+            if told is None:
+                self._count(current)
         if again:
             self._calls_in_step += 1
         else:
@@ -69,20 +73,26 @@ class Denoising:
             self._failed_at = current
         return None if current is self._failed_at else current
 
-    def _count(self, current: Tensor, of_loop: bool) -> bool:
-        """Count steps by their timesteps; True where it is that of the last call. One host sync.
+    def _is_time_of_last_call(self, current: Tensor) -> bool:
+        """Whether a timestep, not the loop's own, is that of the last call. One host sync.
 
-        A larger one than before is a new run; of one step, each is. A loop's own is another object
-        at each step, also where a schedule has it twice, as that of PNDM.
+        Guidance calls may each bring a tensor of their own; of runs of one step each is new.
+        """
+        if self._time is None or self._steps_in_all() == 1:
+            return False
+        return float(current.max()) == float(self._time.max())
+
+    def _count(self, current: Tensor) -> None:
+        """Count steps by their timesteps; a larger one than before is a new run. One host sync.
+
+        A loop's own is another object at each step, also where a schedule has it twice, as that of
+        PNDM.
         """
         if self._steps_in_all() == 1:
             self._step = 0
-            return False
+            return
         now, before = (None if t is None else float(t.max()) for t in (current, self._time))
-        if now == before and not of_loop:
-            return True
         self._step = 0 if before is not None and now > before else self._step + 1
-        return False
 
     def _told_step(self) -> int | None:
         """The step by diffusers' context, else by the pipeline's scheduler, None if neither knows.

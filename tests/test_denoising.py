@@ -130,6 +130,19 @@ def test_a_timestep_of_its_own_for_each_guidance_call_is_one_step():
         ]
 
 
+def test_guidance_calls_of_a_loop_of_ones_own_beside_the_scheduler_of_a_pipeline():
+    pipe = Pipeline()
+    del pipe._num_timesteps, pipe._current_timestep  # as pipelines made of blocks
+    times = [900.0, 800.0, 800.0, 700.0]  # as Heun's, of second order
+    model = Denoising(pipe, 4)
+    for _ in range(2):
+        seen = []
+        for step, time in enumerate(times):
+            pipe.scheduler.step_index = step
+            seen += [model.read(torch.tensor([time])) for _ in range(2)]
+        assert seen == [(step, 4, f"call_{call}") for step in range(4) for call in range(2)]
+
+
 def test_runs_of_one_step_each_begin_anew():
     model = Denoising(Transformer(), 1)
     for time in (500.0, 500.0, 400.0):
