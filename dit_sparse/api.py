@@ -216,6 +216,7 @@ class Installation:
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.swaps: list[Swap] = []
         self.measure = measure
+        self._inside = False  # a bare transformer's call; its error ends a run
         with ExitStack() as undo:
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
@@ -289,6 +290,9 @@ class Installation:
         self, transformer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         self.one_thread.enter()
+        if self._inside:
+            self.denoising.reset()
+            self.state.drop()
         refuse_faster_cache(transformer)
         given = dict(zip(self.argument_names, args)) | kwargs
         latents = given["hidden_states"]
@@ -312,6 +316,7 @@ class Installation:
                 self.state,
             )
         changed = prepared.changed | self._reordered(given, prepared)
+        self._inside = not self.one_thread.knows_loop
         return ((), given | changed) if changed else None
 
     @torch.compiler.disable
@@ -320,7 +325,7 @@ class Installation:
 
         Where its last step makes two calls, it seems over between them.
         """
-        call = self.state.call
+        self._inside, call = False, self.state.call
         if call is not None and call.step == call.num_steps - 1:
             self.one_thread.end()
 

@@ -183,6 +183,36 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         transformer(torch.randn(1, 16, 3, 12, 12), torch.tensor([5.0]), torch.randn(1, 16, 32))
 
 
+@pytest.mark.parametrize("failing_call", [1, 2, 5])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@torch.no_grad()
+def test_an_error_inside_a_bare_transformer_does_not_poison_the_next_run(error, failing_call):
+    transformer = tiny_wan().transformer
+
+    def loop(latents, texts):
+        for time in (900.0, 600.0, 300.0):
+            for text in texts:
+                latents = latents - transformer(latents, torch.tensor([time]), text).sample
+        return latents
+
+    calls, failed = iter(range(100)), torch.randn(1, 16, 3, 8, 8)
+    latents, texts = torch.randn_like(failed), torch.randn(2, 1, 16, 32)
+    options = SPARSE | {"num_steps": 3, "search_at": 0.0}
+    with enable_sparse_attention(transformer, **options):
+        expected = loop(latents, texts)
+
+    def fail(*args):
+        if next(calls) == failing_call:
+            raise error
+
+    enable_sparse_attention(transformer, **options)
+    hook = transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        loop(failed, texts.flip(0))
+    hook.remove()
+    assert loop(latents, texts).equal(expected)
+
+
 def test_steps_and_branches_without_cache_contexts(pipe):
     """Wan video-to-video calls the transformer outside of any context."""
     handle = enable_sparse_attention(pipe.transformer, "adaspa", num_steps=5, **SPARSE)
