@@ -467,9 +467,11 @@ def supported_transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
     found = [(part, family) for part in dict.fromkeys(modules) if (family := family_of(part))]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
-        reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
+        names = ", ".join(type(module).__name__ for module in modules if module is not pipe)
+        here = f" among {names}" if names else ""
+        here += "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that can run sparse{reasons}; supported are"
+            f"{type(pipe).__name__} has no transformer that can run sparse{here}; supported are"
             f" {supported} and their transformers"
         )
     return found

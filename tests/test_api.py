@@ -27,6 +27,15 @@ def test_unsupported_things_name_what_is_supported(thing):
         enable_sparse_attention(thing)
 
 
+@pytest.mark.parametrize("transformer", [None, torch.nn.Sequential()])
+def test_a_supported_pipeline_without_its_transformer_is_told_what_it_has(transformer):
+    pipe = tiny_wan()
+    pipe.transformer = transformer
+    found = "UMT5EncoderModel" if transformer is None else "UMT5EncoderModel, .*Sequential"
+    with pytest.raises(UnsupportedPipelineError, match=f"among .*{found}"):
+        enable_sparse_attention(pipe)
+
+
 def test_misspelt_method_and_option():
     pipe = tiny_wan()
     with pytest.raises(ValueError, match="did you mean 'adaspa'"):
