@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,16 +37,19 @@ class Call:
     guided: bool = False
     batch: int = 1
 
-    @cached_property
-    def kv_len(self) -> Tensor | None:
-        """`lengths` as (B,) int32 on the device."""
-        if self.lengths is None:
-            return None
-        return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+    def kv_len(self, device: torch.device) -> Tensor | None:
+        """`lengths` as (B,) int32 on a layer's device: layers may be spread over several."""
+        return None if self.lengths is None else _on_device(self.lengths, device)
 
     @property
     def signature(self) -> tuple:
         return self.grid, self.num_steps, self.device, self.dtype
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class LayerAttention:
         kind = self._kind(None if kept is None else kept.found_at)
         if kind == "dense":
             self._log("dense")
-            return self.dense(query, key, value, call.kv_len)
+            return self.dense(query, key, value, call.kv_len(query.device))
         orders = None if self.orders is None else self.orders(query)
         if orders is not None:
             query, key, value = (
@@ -212,7 +212,7 @@ class LayerAttention:
         output, lse = None, None if kept is None else kept.lse
         corrects = self.layer - config.dense_layers < self._corrected_layers(query)
         if corrects or (config.uses_lse and lse is None):
-            output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
+            output, lse = dense_attention_with_lse(query, key, value, call.kv_len(key.device))
         found, mask = self._find(query, key, value, lse)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
         mass = None if output is None and config.uses_lse else found.kept_mass
@@ -277,7 +277,7 @@ class LayerAttention:
         extra_cost += self._tail_cost(kept.mask)
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
-            mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
+            mass = sampled_kept_mass(query, key, kept.mask, call.kv_len(key.device))
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         density, mass = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
         self._log(kind, density, mass, extra_cost)
@@ -296,7 +296,7 @@ class LayerAttention:
         mask: BlockMask,
         residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
-        kv_len = self.state.call.kv_len
+        kv_len = self.state.call.kv_len(query.device)
         precision = self.config.precision
         engine = choose_engine(self.config.engine, query, mask, kv_len, precision)
         self.state.engines.add(engine if precision == "full" else f"{engine} {precision}")
