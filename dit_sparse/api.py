@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import refuse_missing
 from .caches import refuse_faster_cache, refuse_shared_broadcast
 from .config import SparseConfig, flag, whole
+from .defaults import torch_defaults
 from .denoising import Denoising
 from .grid import VideoGrid, order_patches, token_order
 from .one_thread import OneThread
@@ -135,6 +136,7 @@ class SparseAttention:
         self.method, self.config, self.enabled_on = method, config, ref(pipe)
         self.keep_padding = keep_padding
         self._notes: list[str] = []
+        self._told: set[str] = set()
         self._installed: list[Installation] = []
         with ExitStack() as undo:  # all transformers or none
             for transformer, family in transformers:
@@ -184,10 +186,13 @@ class SparseAttention:
             " enable it again on both"
         )
 
-    def note(self, text: str) -> None:
-        """Warn, and say it in the report too."""
-        if text not in self._notes:
-            self._notes.append(text)
+    def note(self, text: str, state: State | None = None) -> None:
+        """Warn once, and say it in every report, or in that of a transformer's run."""
+        notes = self._notes if state is None else state.notes
+        if text not in notes:
+            notes.append(text)
+        if text not in self._told:
+            self._told.add(text)
             logger.warning(text)
 
 
@@ -212,6 +217,7 @@ class Installation:
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.swaps: list[Swap] = []
         self.measure = measure
+        self._inside = False  # a bare transformer's call; its error ends a run
         with ExitStack() as undo:
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
@@ -240,6 +246,9 @@ class Installation:
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
             undo.callback(hook.remove)
+            if not self.one_thread.knows_loop:
+                hook = transformer.register_forward_hook(self._after_call)
+                undo.callback(hook.remove)
             self._off = undo.pop_all()
 
     def off(self) -> None:
@@ -277,32 +286,49 @@ class Installation:
         return swap.take_off
 
     @torch.compiler.disable  # where the whole transformer is compiled, not its blocks alone
+    @torch_defaults()
     def _before_call(
         self, transformer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         self.one_thread.enter()
+        if self._inside:
+            self.denoising.reset()
+            self.state.drop()
         refuse_faster_cache(transformer)
         given = dict(zip(self.argument_names, args)) | kwargs
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
-        self._tell_of_forced_blocks(prepared.grid)
         batch, lengths = len(latents), prepared.lengths
         guided = self._guided(branch, step, batch) and lengths is None
         place = latents.device, latents.dtype
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths, guided, batch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
+        self._tell_of_forced_blocks(prepared.grid)
         if len(self.state.last) > 1:
             refuse_shared_broadcast(swap.module for swap in self.swaps)
         replaced = sum(not swap.is_on for swap in self.swaps)
         if replaced:
+            self.state.parts_outside += replaced * self.state.parts
             self.handle.note(
                 f"{replaced} of our attention processors were replaced after enabling and run"
-                " without sparsity; enable sparse attention last"
+                " without sparsity; enable sparse attention last",
+                self.state,
             )
         changed = prepared.changed | self._reordered(given, prepared)
+        self._inside = not self.one_thread.knows_loop
         return ((), given | changed) if changed else None
+
+    @torch.compiler.disable
+    def _after_call(self, *_: Any) -> None:
+        """Of a bare transformer: nobody else says that a run has ended.
+
+        Where its last step makes two calls, it seems over between them.
+        """
+        self._inside, call = False, self.state.call
+        if call is not None and call.step == call.num_steps - 1:
+            self.one_thread.end()
 
     def _guided(self, branch: str, step: int, batch: int) -> bool:
         """Whether a batch holds both guidance branches; judged at the first step of a run that has
@@ -324,7 +350,8 @@ class Installation:
         if share > self.config.density:
             self.handle.note(
                 f"text and conditioning frames are {share:.0%} of the blocks and always attended:"
-                f" density={self.config.density:g} leaves the rest with its own block alone"
+                f" density={self.config.density:g} leaves the rest with its own block alone",
+                self.state,
             )
 
     def _reordered(self, given: dict, prepared: Prepared) -> dict:
@@ -386,6 +413,7 @@ class Installation:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept for calls that autograd follows, too
 def _orders_on(
     device: torch.device, grid: VideoGrid, order: str, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -434,14 +462,17 @@ def _modules(pipe: Any) -> list[nn.Module]:
 
 
 def supported_transformers(pipe: Any) -> list[tuple[nn.Module, Family]]:
-    """The supported transformers in a pipeline, or the one given; a compiled one unwrapped."""
+    """The supported transformers in a pipeline, each once, or the one given; a compiled one
+    unwrapped."""
     modules = [getattr(module, "_orig_mod", module) for module in _modules(pipe)]
-    found = [(module, family) for module in modules if (family := family_of(module)) is not None]
+    found = [(part, family) for part in dict.fromkeys(modules) if (family := family_of(part))]
     if not found:
         supported = ", ".join(name for family in families() for name in family.pipelines)
-        reasons = "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
+        names = ", ".join(type(module).__name__ for module in modules if module is not pipe)
+        here = f" among {names}" if names else ""
+        here += "".join(f" ({why})" for module in modules if (why := refusal_of(module)))
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that can run sparse{reasons}; supported are"
+            f"{type(pipe).__name__} has no transformer that can run sparse{here}; supported are"
             f" {supported} and their transformers"
         )
     return found

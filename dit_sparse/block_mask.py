@@ -175,7 +175,8 @@ def triton_is_installed() -> bool:
 
 def _valid_tokens(length: int, block_size: int, device: torch.device) -> Tensor:
     """Tokens in each block, (N,) float32."""
-    tokens = torch.full((-(-length // block_size),), float(block_size), device=device)
+    count = -(-length // block_size)
+    tokens = torch.full((count,), float(block_size), dtype=torch.float32, device=device)
     tokens[-1] -= len(tokens) * block_size - length
     return tokens
 

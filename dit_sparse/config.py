@@ -128,7 +128,10 @@ class SparseConfig:
 
     def find(self, search: "Search") -> "Found":
         """The block mask of one layer at one search step."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no find(search), which gives a layer's mask as a Found"
+            " (docs/adding_a_pattern.md)"
+        )
 
     def correction(
         self, dense: "Tensor", dense_lse: "Tensor", sparse: "Tensor", sparse_lse: "Tensor"

@@ -11,6 +11,11 @@ from weakref import ref
 
 from torch import Tensor
 
+OTHER_PIPELINE = (
+    "the transformer runs outside the pipeline that sparse attention was enabled on: enable it on"
+    " the pipeline that you call, or on the transformer with num_steps="
+)
+
 
 class Denoising:
     """Follows one transformer through the denoising loop.
@@ -22,6 +27,7 @@ class Denoising:
 
     def __init__(self, pipe: Any, num_steps: int | None):
         self._pipe = ref(pipe)
+        self._tells_steps = hasattr(type(pipe), "num_timesteps")
         self._num_steps = num_steps
         self._branch: str | None = None
         self._fields: dict[str, Any] = {}
@@ -33,14 +39,18 @@ class Denoising:
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
         told = self._told_step()
-        current = self._timestep_of_pipeline(told)
-        if current is None and hasattr(self._pipe(), "_current_timestep"):
+        of_loop = self._timestep_of_pipeline(told)
+        if of_loop is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
-        current = timestep if current is None else current
+        current = timestep if of_loop is None else of_loop
         again = current is self._time
+        unnamed = told == self._step and self._branch is None
+        if not again and of_loop is None and (told is None or unnamed):
+            again = self._is_time_of_last_call(current)
         if not again and told is None:
             told = self._place_in_schedule(current)
-            again = told is None and self._count(current)
+            if told is None:
+                self._count(current)
         if again:
             self._calls_in_step += 1
         else:
@@ -63,19 +73,26 @@ class Denoising:
             self._failed_at = current
         return None if current is self._failed_at else current
 
-    def _count(self, current: Tensor) -> bool:
-        """Count steps by their timesteps; True where it is that of the last call. One host sync.
+    def _is_time_of_last_call(self, current: Tensor) -> bool:
+        """Whether a timestep, not the loop's own, is that of the last call. One host sync.
 
-        A larger one than before is a new run; of one step, each is.
+        Guidance calls may each bring a tensor of their own; of runs of one step each is new.
+        """
+        if self._time is None or self._steps_in_all() == 1:
+            return False
+        return float(current.max()) == float(self._time.max())
+
+    def _count(self, current: Tensor) -> None:
+        """Count steps by their timesteps; a larger one than before is a new run. One host sync.
+
+        A loop's own is another object at each step, also where a schedule has it twice, as that of
+        PNDM.
         """
         if self._steps_in_all() == 1:
             self._step = 0
-            return False
+            return
         now, before = (None if t is None else float(t.max()) for t in (current, self._time))
-        if now == before:
-            return True
         self._step = 0 if before is not None and now > before else self._step + 1
-        return False
 
     def _told_step(self) -> int | None:
         """The step by diffusers' context, else by the pipeline's scheduler, None if neither knows.
@@ -95,10 +112,7 @@ class Denoising:
     def _refuse_other_pipeline(self) -> None:
         """Our pipeline is not running: its number of steps is that of an earlier run."""
         if self._num_steps is None and self._fields.get("num_inference_steps") is None:
-            raise RuntimeError(
-                "the transformer runs outside the pipeline that sparse attention was enabled on:"
-                " enable it on the pipeline that you call, or on the transformer with num_steps="
-            )
+            raise RuntimeError(OTHER_PIPELINE)
 
     def _place_in_schedule(self, current: Tensor) -> int | None:
         """The step by the scheduler's timesteps, None where they do not tell. One host sync."""
@@ -116,6 +130,8 @@ class Denoising:
         known = self._fields.get("num_inference_steps")
         known = getattr(self._pipe(), "_num_timesteps", None) if known is None else known
         known = self._num_steps if known is None else known
+        if known is None and self._tells_steps:
+            raise RuntimeError(OTHER_PIPELINE)
         if known is None:
             raise RuntimeError(
                 "the number of denoising steps is not known here: enable sparse attention on the"

@@ -88,6 +88,7 @@ def _blocks(start: int, stop: int, block_size: int) -> range:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for calls that autograd follows, too
 def token_order(grid: VideoGrid, order: str, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Permutation into block order and its inverse, each (video_tokens,) int64 on the CPU.
 

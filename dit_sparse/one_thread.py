@@ -26,6 +26,10 @@ class OneThread:
         self._owner: int | None = None
         self._disturbed: set[int] = set()
 
+    @property
+    def knows_loop(self) -> bool:
+        return self._loop is not None
+
     def enter(self) -> None:
         """A call begins in this thread."""
         me = threading.get_ident()
@@ -51,7 +55,8 @@ class OneThread:
             raise RuntimeError(MESSAGE)
 
     def _in_progress(self, thread: int | None) -> bool:
-        """Whether a thread is still in the pipeline's loop: an error may have ended its run."""
+        """Whether a thread is still in the pipeline's loop: an error may have ended its run. Where
+        the loop is not known, whether the thread lives: `end` is called after the last step."""
         frame = sys._current_frames().get(thread) if thread is not None else None
         if self._loop is None:
             return frame is not None

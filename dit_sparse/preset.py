@@ -62,7 +62,7 @@ def read_preset(path: str | Path) -> Preset:
     """The preset in a file.
 
     Raises:
-        ValueError: no such file, or not a preset.
+        ValueError: no such file, not a preset, or options that its method does not take.
     """
     file = Path(path).expanduser()
     try:
@@ -79,6 +79,13 @@ def read_preset(path: str | Path) -> Preset:
         raise ValueError(f"{file} is a preset of another version of dit_sparse: calibrate again")
     if stored["schema"] == 1 and preset.method == "auto":
         preset.options = BEFORE_SCHEMA_2 | preset.options
+    try:
+        METHODS[preset.method](**preset.options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} has options that {preset.method} does not take ({error}): correct it, or"
+            " calibrate again with this version of dit_sparse"
+        ) from error
     return preset
 
 

@@ -114,7 +114,7 @@ def _one_head(
     q_blocks = _blocks(query, block_size[0])  # (Nq, bq, D)
     k_blocks, v_blocks = _blocks(key, block_size[1]), _blocks(value, block_size[1])
     output = torch.zeros_like(q_blocks)
-    lse = torch.full(q_blocks.shape[:2], -torch.inf, device=query.device)
+    lse = query.new_full(q_blocks.shape[:2], -torch.inf, dtype=torch.float32)
     per_chunk = max(1, GATHERED_ELEMENTS // max(1, indices.shape[1] * block_size[1] * dim))
     # rows with equally many blocks go together, so that none computes padding
     for count in counts[counts > 0].unique().tolist():

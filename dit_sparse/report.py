@@ -9,6 +9,10 @@ COSTLY = (
     "attention costs {:.2f} times that of dense: warm-up and searches take most of so few steps;"
     " generate densely, or search at one step only (search_at=0.2)"
 )
+NOTHING_RAN = (
+    "the transformer has not run since sparse attention was enabled on it: nothing was generated,"
+    " or with another transformer"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Report:
         where = ", corrections on the CPU" if on_cpu else ""
         lines = [
             f"method          {self.method}",
-            f"effective cost  {percent(self.effective_cost)} of dense attention",
+            f"effective cost  {percent(self.effective_cost or None)} of dense attention",
             f"density         {percent(self.density)} of blocks at sparse steps",
             f"kept mass       {percent(self.kept_mass)}",
             f"attention calls {self.dense_calls} dense, {self.search_calls} searches,"
@@ -72,11 +76,13 @@ def make_report(
     method: str, config: dict, states: list[State], layers: list[int], notes: list[str]
 ) -> Report:
     """Sum up the logs of a pipeline's transformers; `layers` counts the sparse layers of each."""
+    notes = [*dict.fromkeys([*notes, *(note for state in states for note in state.notes)])]
     records = [record for state in states for record in state.trace]
     dense_equivalent = sum(s.parts_in_all * count for s, count in zip(states, layers))
     trace = [_entry(record) for record in records]
     cost = sum(_mean(entry["density"], 1.0) for entry in trace)
     cost += sum(float(record.extra_cost) for record in records)
+    cost += sum(state.parts_outside for state in states)
     sparse = [entry for entry in trace if entry["density"]]
     measured = [entry for entry in trace if entry["kept_mass"]]
     if any(entry["kind"] == "reuse" for entry in measured):
@@ -85,6 +91,8 @@ def make_report(
     effective_cost = cost / dense_equivalent if dense_equivalent else 1.0
     if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
         notes = [*notes, COSTLY.format(effective_cost)]
+    if states and not dense_equivalent:
+        notes = [*notes, NOTHING_RAN]
     notes = [*notes, *{state.dense_because for state in states if state.dense_because}]
     return Report(
         method=method,

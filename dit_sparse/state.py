@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,16 +37,19 @@ class Call:
     guided: bool = False
     batch: int = 1
 
-    @cached_property
-    def kv_len(self) -> Tensor | None:
-        """`lengths` as (B,) int32 on the device."""
-        if self.lengths is None:
-            return None
-        return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+    def kv_len(self, device: torch.device) -> Tensor | None:
+        """`lengths` as (B,) int32 on a layer's device: layers may be spread over several."""
+        return None if self.lengths is None else _on_device(self.lengths, device)
 
     @property
     def signature(self) -> tuple:
         return self.grid, self.num_steps, self.device, self.dtype
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class State:
     holds the corrections of each device in host memory, where it is not None; `heads` tells, of
     each branch and layer, the order in which processes share its heads, where it is not their own;
     `shares` says what guidance branches of equal shape use of the first of them: where it is "all"
-    they keep one entry, where it is "mask" each its own.
+    they keep one entry, where it is "mask" each its own; `notes` say what ran not as asked.
     """
 
     call: Call | None = None
@@ -97,6 +100,7 @@ class State:
     layers: int = 1
     calls: int = 0
     parts_in_all: int = 0  # of these calls
+    parts_outside: int = 0  # of layers whose processor is not ours any more
     peak_bytes: int = 0
     planned_bytes: int = 0
     engines: set[str] = field(default_factory=set)
@@ -107,6 +111,7 @@ class State:
     hosts: dict[torch.device, HostCache] | None = None
     heads: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     shares: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def parts(self) -> int:
@@ -135,6 +140,7 @@ class State:
     def forget(self) -> None:
         """Empty the log of the last run."""
         self.trace, self.calls, self.peak_bytes, self.engines = [], 0, 0, set()
+        self.parts_outside, self.notes = 0, []
         self.planned_bytes, self.parts_in_all, self.dense_because = 0, 0, None
         self.masks = None if self.masks is None else {}
 

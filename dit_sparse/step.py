@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,6 +13,7 @@ from .attention import choose_engine, sparse_attention
 from .block_mask import BlockMask
 from .config import SparseConfig
 from .cost_model import predicted_speedup
+from .defaults import torch_defaults
 from .dense import dense_attention_with_lse
 from .grid import VideoGrid
 from .measure import SAMPLED_ROWS, sampled_kept_mass
@@ -109,7 +111,7 @@ class LayerAttention:
         kind = self._kind(None if kept is None else kept.found_at)
         if kind == "dense":
             self._log("dense")
-            return self.dense(query, key, value, call.kv_len)
+            return self.dense(query, key, value, call.kv_len(query.device))
         orders = None if self.orders is None else self.orders(query)
         if orders is not None:
             query, key, value = (
@@ -210,7 +212,7 @@ class LayerAttention:
         output, lse = None, None if kept is None else kept.lse
         corrects = self.layer - config.dense_layers < self._corrected_layers(query)
         if corrects or (config.uses_lse and lse is None):
-            output, lse = dense_attention_with_lse(query, key, value, call.kv_len)
+            output, lse = dense_attention_with_lse(query, key, value, call.kv_len(key.device))
         found, mask = self._find(query, key, value, lse)
         # With the log-sum-exp of an earlier step the mass is no longer what the mask keeps now.
         mass = None if output is None and config.uses_lse else found.kept_mass
@@ -249,6 +251,11 @@ class LayerAttention:
         seen = call.lengths, call.step, call.num_steps, call.branch, self.state.layers, value
         shared = self.state.ulysses
         found = config.find(Search(query, key, lse, call.grid, self.layer, *seen, shared))
+        if not isinstance(found, Found):
+            raise TypeError(
+                f"{type(config).__name__}.find gave a {type(found).__name__}: return Found(mask),"
+                " with a bool mask (B, H, blocks of queries, blocks of keys)"
+            )
         mask = found.mask
         if not isinstance(mask, BlockMask):
             size = (config.block_size, config.block_size)
@@ -270,7 +277,7 @@ class LayerAttention:
         extra_cost += self._tail_cost(kept.mask)
         mass = kept.kept_mass if kind == "search" else None
         if self.measure and mass is None:
-            mass = sampled_kept_mass(query, key, kept.mask, call.kv_len)
+            mass = sampled_kept_mass(query, key, kept.mask, call.kv_len(key.device))
             extra_cost += min(SAMPLED_ROWS / query.shape[1], 1.0) * 0.5
         density, mass = (self._of_all_heads(x, query) for x in (kept.mask.density, mass))
         self._log(kind, density, mass, extra_cost)
@@ -289,7 +296,7 @@ class LayerAttention:
         mask: BlockMask,
         residual: Correction | None = None,
     ) -> tuple[Tensor, Tensor]:
-        kv_len = self.state.call.kv_len
+        kv_len = self.state.call.kv_len(query.device)
         precision = self.config.precision
         engine = choose_engine(self.config.engine, query, mask, kv_len, precision)
         self.state.engines.add(engine if precision == "full" else f"{engine} {precision}")
@@ -377,7 +384,19 @@ def register_layer(layer: LayerAttention) -> Tensor:
     """A slot, 0-d int64 on the CPU, by which `attend` finds the layer as long as it lives."""
     slot = next(_next_slot)
     _LAYERS[slot] = layer
-    return torch.tensor(slot)
+    return torch.tensor(slot, device="cpu")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
+    """(B, S, H, D) attention of the layer registered under `slot`.
+
+    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    return _attend(query, key, value, slot)
 
 
 @torch.library.custom_op(
@@ -385,11 +404,22 @@ def register_layer(layer: LayerAttention) -> Tensor:
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),  # a replay would freeze the choice of dense or sparse
 )
-def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
-    """(B, S, H, D) attention of the layer registered under `slot`."""
-    return _LAYERS[int(slot)](query, key, value).contiguous()
+def _attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
+    in_float32 = torch.autocast(query.device.type, enabled=False)  # scores and means
+    with in_float32, torch_defaults():
+        return _LAYERS[int(slot)](query, key, value).contiguous()
 
 
-@attend.register_fake
+def _refuse_backward(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "sparse attention has no gradients: call the transformer under torch.no_grad(), and disable"
+        " sparse attention before you train"
+    )
+
+
+_attend.register_autograd(_refuse_backward)
+
+
+@_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -54,8 +54,9 @@ class HunyuanVideoSparseAttnProcessor:
                 )
                 x = torch.cat([x, text], dim=1)
             joint.append(x)
-        output = attend(*joint, self.slot)  # (B, S, H, D)
-        output = output.flatten(2, 3).to(joint[0].dtype)
+        query, key, value = joint
+        output = attend(query, key, value, self.slot)  # (B, S, H, D)
+        output = output.flatten(2, 3).to(query.dtype)
         hidden_states, encoder_hidden_states = output[:, :length], output[:, length:]
         if getattr(attn, "to_out", None) is not None:
             hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

@@ -41,7 +41,8 @@ class MochiSparseAttnProcessor:
             if image_rotary_emb is not None and part != "v":
                 video = _rotate(video, *image_rotary_emb)
             joint.append(torch.cat([video, text], dim=1))
-        output = attend(*joint, self.slot).flatten(2, 3)  # (B, S, H * D)
+        query, key, value = joint
+        output = attend(query, key, value, self.slot).flatten(2, 3)  # (B, S, H * D)
         video, text = output[:, :length], output[:, length:]
         video = attn.to_out[1](attn.to_out[0](video))
         if not attn.context_pre_only:  # the last block has no use for the text

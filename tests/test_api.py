@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import tiny_wan
+from tiny import CALL, tiny_wan
 
 import dit_sparse
 from dit_sparse import (
@@ -25,6 +25,15 @@ from dit_sparse.engines import triton_engine
 def test_unsupported_things_name_what_is_supported(thing):
     with pytest.raises(UnsupportedPipelineError, match="WanPipeline"):
         enable_sparse_attention(thing)
+
+
+@pytest.mark.parametrize("transformer", [None, torch.nn.Sequential()])
+def test_a_supported_pipeline_without_its_transformer_is_told_what_it_has(transformer):
+    pipe = tiny_wan()
+    pipe.transformer = transformer
+    found = "UMT5EncoderModel" if transformer is None else "UMT5EncoderModel, .*Sequential"
+    with pytest.raises(UnsupportedPipelineError, match=f"among .*{found}"):
+        enable_sparse_attention(pipe)
 
 
 def test_misspelt_method_and_option():
@@ -55,6 +64,35 @@ def test_methods_of_the_user_work_like_ours():
 
     handle = enable_sparse_attention(tiny_wan(), FirstBlocks(), density=0.4)
     assert handle.method == "FirstBlocks" and handle.config == FirstBlocks(density=0.4)
+
+
+@pytest.mark.parametrize(
+    ("find", "told"),
+    [(None, r"Rule has no find\(search\)"), (lambda self, search: search.key, "gave a Tensor")],
+)
+def test_a_rule_that_finds_no_mask_is_told_what_to_give(find, told):
+    rule = type("Rule", (SparseConfig,), {"find": find} if find else {})
+    pipe = tiny_wan()
+    enable_sparse_attention(pipe, rule(search_at=0.0))
+    with pytest.raises((NotImplementedError, TypeError), match=told):
+        pipe("a", **CALL, max_sequence_length=16)
+
+
+def test_training_is_refused_with_what_to_do():
+    transformer = tiny_wan().transformer
+    enable_sparse_attention(transformer, num_steps=1)
+    inputs = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with pytest.raises(RuntimeError, match="no_grad.*disable sparse attention before"):
+        transformer(*inputs).sample.sum().backward()
+
+
+def test_a_run_in_inference_mode_does_not_bar_one_without():
+    transformer = tiny_wan().transformer
+    enable_sparse_attention(transformer, num_steps=1, order="tile")
+    inputs = torch.randn(1, 16, 5, 10, 6), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with torch.inference_mode():
+        expected = transformer(*inputs).sample
+    assert transformer(*inputs).sample.equal(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

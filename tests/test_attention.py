@@ -42,6 +42,22 @@ def test_agrees_with_a_dense_masked_softmax(q_len, kv_len, block_size):
     torch.testing.assert_close(lse.double(), expected_lse, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_changes_nothing(dtype):
+    query, key, value = inputs(200, 200)
+    mask = torch.rand(2, 3, 4, 4) < 0.5
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            packed = BlockMask.from_dense(mask, 200, 200)
+            outputs = sparse_attention(query, key, value, packed, return_lse=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((*outputs, packed.density))
+    assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(*found))
+
+
 def test_a_row_without_blocks_is_zero_with_lse_minus_infinity():
     query, key, value = inputs(200, 200)
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import accelerate
@@ -20,7 +21,7 @@ from composed import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_sparse import enable_sparse_attention
+from dit_sparse import enable_sparse_attention, reference
 
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 CPU = torch.device("cpu")
@@ -113,6 +114,40 @@ def test_weights_in_fp8(family, order):
     assert generate(pipe, family).equal(dense)
     frames, handle = sparse(family, cast, order)
     assert not frames.equal(dense) and handle.report().reuse_calls > 0
+
+
+def under_autocast(pipe, family):
+    with torch.autocast("cpu", torch.bfloat16):
+        return generate(pipe, family)
+
+
+@over_families("autocast")
+def test_autocast(family):
+    """Norms of queries and keys may leave them in another dtype than values."""
+    pipe = make(family)
+    dense = under_autocast(pipe, family)
+    with enable_sparse_attention(pipe, density=1.0, keep_padding=True):
+        assert under_autocast(pipe, family).equal(dense)
+    with enable_sparse_attention(pipe, **SPARSE | {"density": 0.99}):
+        all_kept = under_autocast(pipe, family)
+    assert (all_kept - dense).abs().max() < 0.02 * dense.abs().max()
+
+
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo"])
+def test_autocast_reaches_no_search(family, monkeypatch):
+    """Scores of blocks are made in float32, as without autocast."""
+    seen = set()
+    score = reference.block_mass
+
+    def looked_at(*given):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return score(*given)
+
+    monkeypatch.setattr(reference, "block_mass", looked_at)
+    pipe = make(family)
+    enable_sparse_attention(pipe, **SPARSE)
+    under_autocast(pipe, family)
+    assert seen == {False}
 
 
 @pytest.mark.slow
@@ -214,3 +249,40 @@ def test_threads_that_take_turns_are_served_also_after_a_run_that_was_given_up()
     frames = []
     assert in_thread(lambda: frames.append(generate(pipe, "Wan"))) == []
     assert frames[0].equal(expected) and generate(pipe, "Wan").equal(expected)
+
+
+@torch.no_grad()
+def loop(transformer):
+    """A loop of one's own around a bare transformer, 3 steps of two guidance calls each."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    texts = torch.randn(2, 1, 16, 32, generator=generator)
+    for time in (900.0, 600.0, 300.0):
+        for text in texts:
+            latents = latents - 0.1 * transformer(latents, torch.tensor([time]), text).sample
+    return latents
+
+
+def test_threads_of_a_pool_take_turns_on_a_bare_transformer():
+    transformer = make("Wan").transformer
+    enable_sparse_attention(transformer, num_steps=3, **SPARSE)
+    expected = loop(transformer)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for pool in (one, other, one):
+            assert pool.submit(loop, transformer).result().equal(expected)
+
+
+def test_two_threads_at_once_on_a_bare_transformer_are_both_refused():
+    transformer = make("Wan").transformer
+    enable_sparse_attention(transformer, num_steps=3, **SPARSE)
+    done, seen = iter(range(100)), []
+
+    def second_run(*_):
+        if next(done) == 2:
+            seen.extend(in_thread(lambda: loop(transformer)))
+
+    hook = transformer.register_forward_pre_hook(second_run, prepend=True)
+    with pytest.raises(RuntimeError, match="two threads"):
+        loop(transformer)
+    hook.remove()
+    assert len(seen) == 1

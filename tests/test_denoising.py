@@ -76,6 +76,18 @@ def test_a_failed_first_step_does_not_count_where_the_scheduler_has_no_step_inde
         assert steps == list(range(stop))
 
 
+def test_a_timestep_that_a_schedule_has_twice_is_two_steps():
+    pipe = Pipeline()
+    timesteps = torch.tensor([900.0, 800.0, 800.0, 700.0])
+    pipe.scheduler = SimpleNamespace(timesteps=timesteps)  # as PNDM's
+    model = Denoising(pipe, None)
+    for _ in range(2):
+        seen = []
+        for pipe._current_timestep in timesteps:
+            seen += [model.read(pipe._current_timestep.expand(1)) for _ in range(2)]
+        assert seen == [(step, 4, f"call_{call}") for step in range(4) for call in range(2)]
+
+
 def test_a_run_of_another_pipeline_is_refused():
     pipe = Pipeline()
     model = Denoising(pipe, None)
@@ -116,6 +128,19 @@ def test_a_timestep_of_its_own_for_each_guidance_call_is_one_step():
         assert [(step, branch) for step, _, branch in seen] == [
             (step, f"call_{call}") for step in range(3) for call in range(2)
         ]
+
+
+def test_guidance_calls_of_a_loop_of_ones_own_beside_the_scheduler_of_a_pipeline():
+    pipe = Pipeline()
+    del pipe._num_timesteps, pipe._current_timestep  # as pipelines made of blocks
+    times = [900.0, 800.0, 800.0, 700.0]  # as Heun's, of second order
+    model = Denoising(pipe, 4)
+    for _ in range(2):
+        seen = []
+        for step, time in enumerate(times):
+            pipe.scheduler.step_index = step
+            seen += [model.read(torch.tensor([time])) for _ in range(2)]
+        assert seen == [(step, 4, f"call_{call}") for step in range(4) for call in range(2)]
 
 
 def test_runs_of_one_step_each_begin_anew():

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import SeerAttention, available_methods, enable_sparse_attention
 from dit_sparse.cli import app
+from dit_sparse.defaults import torch_defaults
 from dit_sparse.patterns.left_out import LEFT_OUT
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "samples")]
@@ -149,3 +150,46 @@ def test_the_page_names_every_method_and_the_reason_of_those_without_a_row():
     for name, reason in LEFT_OUT.items():
         assert f"**{name}**: {reason}." in " ".join(page.split())
         assert f"    {name}: {reason}" in text
+
+
+def other_defaults(transformer):
+    """Of torch, while the transformer runs."""
+
+    def enter(*_):
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+
+    def leave(*_):
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+    transformer.register_forward_pre_hook(enter, prepend=True)
+    transformer.register_forward_hook(leave, always_call=True)
+
+
+@pytest.mark.parametrize("method", WITHOUT_A_FILE)
+@torch.no_grad()
+def test_the_defaults_of_torch_change_nothing(method):
+    options = {"density": 0.4, "block_size": BLOCK, "search_at": (0.34,)}
+    call = WAN | CALL | {"max_sequence_length": 16, "height": 112}  # a grid of its own
+    found = []
+    for change in (other_defaults, lambda transformer: None):
+        pipe = tiny_wan()
+        change(pipe.transformer)
+        enable_sparse_attention(pipe, method, **options | SMALL_GRID.get(method, {}))
+        found.append(pipe(**call, generator=torch.Generator().manual_seed(0)).frames)
+    assert found[0].equal(found[1])
+
+
+def test_threads_that_overlap_leave_the_dtype_of_the_user():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        one, other = torch_defaults(), torch_defaults()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32
+        other.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -6,10 +6,14 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15, mochi
 
 from dit_sparse import (
+    AdaSpa,
     UnsupportedPipelineError,
+    VideoGrid,
     disable_sparse_attention,
     enable_sparse_attention,
 )
+from dit_sparse.state import Call, State
+from dit_sparse.step import LayerAttention
 
 ALL_KEPT = {"density": 0.99, "block_size": 32, "num_steps": 1}  # sparse path, nothing left out
 SPARSE = {"density": 0.4, "block_size": 32, "num_steps": 1}
@@ -178,6 +182,18 @@ def test_unequal_texts_get_what_each_gets_alone(name):
     for i in range(2):
         alone = run(transformer, {name: parts[i] for name, parts in single.items()}, steps=2)
         assert (both[i] - alone[0]).abs().max() < 1e-5
+
+
+def test_valid_tokens_are_told_on_the_device_of_the_layer():
+    """A transformer may be spread over several GPUs."""
+    state = State()
+    cpu, grid = torch.device("cpu"), VideoGrid(2, 4, 4, text_tokens=8)
+    state.begin(Call(grid, 0, 1, "cond", cpu, torch.float32, lengths=(36, 40)))
+    layer = LayerAttention(state, AdaSpa(density=1.0), 0, False)
+    layer.dense = lambda query, key, value, kv_len: kv_len
+    for device in (cpu, torch.device("meta")):
+        query = torch.empty(2, 40, 1, 16, device=device)
+        assert layer(query, query, query).device == device
 
 
 def test_text_of_a_bfloat16_mask_is_counted_exactly():

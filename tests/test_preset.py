@@ -88,6 +88,8 @@ def test_a_preset_of_an_earlier_version_keeps_its_meaning(tmp_path):
         ('{"method": "auto"}', "is no preset"),
         ('{"schema": 9, "method": "auto", "options": {}}', "another version"),
         ('{"schema": 1, "method": "os.system", "options": {}}', "another version"),
+        ('{"schema": 2, "method": "auto", "options": {"old": 1}}', "does not take .*'old'"),
+        ('{"schema": 2, "method": "auto", "options": {"density": 9}}', "does not take .*got 9"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, expected):

@@ -152,6 +152,7 @@ def test_top_k_map_equals_a_loop():
         assert {tuple(p) for p in mask[b, h].nonzero().tolist()} == expected
     plain = select.top_k_map(scores, kept, torch.zeros_like(forced))
     assert plain.sum((-1, -2)).equal(kept)
+    assert select.top_k_map(scores, kept, forced, row_floor=7).all()  # of 6 blocks
 
 
 def test_top_p_rows_equals_a_loop():

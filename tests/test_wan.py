@@ -183,6 +183,36 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         transformer(torch.randn(1, 16, 3, 12, 12), torch.tensor([5.0]), torch.randn(1, 16, 32))
 
 
+@pytest.mark.parametrize("failing_call", [1, 2, 5])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@torch.no_grad()
+def test_an_error_inside_a_bare_transformer_does_not_poison_the_next_run(error, failing_call):
+    transformer = tiny_wan().transformer
+
+    def loop(latents, texts):
+        for time in (900.0, 600.0, 300.0):
+            for text in texts:
+                latents = latents - transformer(latents, torch.tensor([time]), text).sample
+        return latents
+
+    calls, failed = iter(range(100)), torch.randn(1, 16, 3, 8, 8)
+    latents, texts = torch.randn_like(failed), torch.randn(2, 1, 16, 32)
+    options = SPARSE | {"num_steps": 3, "search_at": 0.0}
+    with enable_sparse_attention(transformer, **options):
+        expected = loop(latents, texts)
+
+    def fail(*args):
+        if next(calls) == failing_call:
+            raise error
+
+    enable_sparse_attention(transformer, **options)
+    hook = transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        loop(failed, texts.flip(0))
+    hook.remove()
+    assert loop(latents, texts).equal(expected)
+
+
 def test_steps_and_branches_without_cache_contexts(pipe):
     """Wan video-to-video calls the transformer outside of any context."""
     handle = enable_sparse_attention(pipe.transformer, "adaspa", num_steps=5, **SPARSE)
@@ -240,6 +270,18 @@ def test_a_second_pipeline_on_the_same_transformer_replaces_and_says_so(pipe, ca
     assert second.enabled
     second.disable()
     assert leftovers(pipe.transformer) == ([], set())
+
+
+def test_one_transformer_in_two_places_is_enabled_once(pipe):
+    both = WanPipeline(
+        **pipe.components | {"transformer_2": pipe.transformer}, boundary_ratio=0.875
+    )
+    both.set_progress_bar_config(disable=True)
+    stock = generate(both)
+    with enable_sparse_attention(both, "adaspa", density=1.0) as handle:
+        assert generate(both).equal(stock)
+    assert handle.report().effective_cost == 1
+    assert leftovers(pipe.transformer) == ([], set()) and generate(both).equal(stock)
 
 
 def test_a_failure_while_enabling_leaves_every_transformer_as_it_was(pipe):
@@ -331,6 +373,27 @@ def test_replaced_processors_are_reported(pipe, caplog):
     generate(pipe)
     assert any("replaced" in note for note in handle.report().notes)
     assert any("replaced" in message for message in caplog.messages)
+
+
+def test_a_transformer_that_never_ran_is_reported(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
+    ours, pipe.transformer = pipe.transformer, tiny_wan().transformer
+    generate(pipe)
+    assert "has not run" in str(handle.report()) and "0.0%" not in str(handle.report())
+    pipe.transformer = ours
+    generate(pipe)
+    assert not any("has not run" in note for note in handle.report().notes)
+
+
+def test_layers_with_a_replaced_processor_count_as_dense(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
+    generate(pipe)
+    cost = handle.report().effective_cost
+    for layer, block in enumerate(pipe.transformer.blocks, 1):
+        block.attn1.set_processor(WanAttnProcessor())
+        generate(pipe)
+        dense = layer / len(pipe.transformer.blocks)
+        assert handle.report().effective_cost == pytest.approx(dense + (1 - dense) * cost)
 
 
 class OwnProcessor(WanAttnProcessor):
@@ -448,6 +511,18 @@ def test_another_pipeline_on_the_transformer_after_a_run_that_failed(pipe, betwe
     with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
         video_to_video(other)
     assert video_to_video(other, SPARSE).equal(expected)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_another_pipeline_on_the_transformer_of_one_that_never_ran(pipe, is_kept):
+    first = WanPipeline(**pipe.components)
+    enable_sparse_attention(first, "adaspa", **SPARSE)
+    other = WanVideoToVideoPipeline.from_pipe(first)
+    other.set_progress_bar_config(disable=True)
+    if not is_kept:
+        del first
+    with pytest.raises(RuntimeError, match="enable it on the pipeline that you call"):
+        video_to_video(other)
 
 
 def tiny_video_to_video():

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from test_wan import leftovers
-from tiny_wan_family import PIPELINES, animate, generate, text, vace
+from tiny_wan_family import FRAMES, PIPELINES, animate, generate, text, vace
 
 from dit_sparse import enable_sparse_attention, supported_pipelines
 from dit_sparse.api import UnsupportedPipelineError
@@ -167,7 +167,9 @@ def test_given_frames_that_exceed_the_density_are_told(caplog):
     pipe, call, _ = made("I2V 2.2")
     with enable_sparse_attention(pipe, "adaspa", density=0.1, block_size=32) as handle:
         generate(pipe, call)
-    assert any("25%" in note and "density=0.1" in note for note in handle.report().notes)
+        assert any("25%" in note and "density=0.1" in note for note in handle.report().notes)
+        generate(pipe, call, num_frames=4 * FRAMES - 3)
+    assert not any("always attended" in note for note in handle.report().notes)
     assert any("always attended" in message for message in caplog.messages)
 
 

@@ -98,7 +98,7 @@ def measure_residual(
     for first in range(0, dense.shape[1], at_once):  # few passes, since outputs are large
         rows = slice(first, first + at_once)
         given = sparse[:, rows] if rho is None else per_row(rho[..., rows]) * sparse[:, rows]
-        lacked = dense[:, rows].float() - given
+        lacked = (dense[:, rows].float() - given).float()
         if scale is not None:
             factor = scale[:, rows]
             torch.linalg.vector_norm(lacked, torch.inf, -1, keepdim=True, out=factor)

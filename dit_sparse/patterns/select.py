@@ -111,7 +111,8 @@ def top_k_map(scores: Tensor, kept: Tensor, forced: Tensor, row_floor: int = 0) 
     Returns:
         (B, H, N, N) bool.
     """
-    first = top_k_rows(scores, torch.full_like(kept, row_floor), forced)
+    floor = min(row_floor, scores.shape[-1])
+    first = top_k_rows(scores, torch.full_like(kept, floor), forced)
     ranked = scores.masked_fill(first, torch.inf).flatten(2)
     largest = int(kept.max())
     best = ranked.topk(largest, dim=-1).indices
