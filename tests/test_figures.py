@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -633,6 +634,21 @@ def test_what_the_boxes_follow(box):
     told = next(cells for name, cells in rows.items() if name.split(",")[0] == box)
     assert told[2:5] == [f"{share:.0%}" for share in found]
     assert "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * x for x in found)) in text("docs/limits.md")
+
+
+def test_what_choices_miss_at_every_density():
+    found, page = [result(f"structure_{box}") for box in BOXES], text("docs/limits.md")
+    lost = [of["layers_that_lose_5_points_by_density"] for of in found]
+    assert [of["pooled"]["0.2"] for of in lost] == [[], [], []]
+    assert [len(of["early"]["0.2"]) for of in lost] == [1, 2, 3]
+    pooled = [
+        {d: max(mean(layer["misses_by_density"]["pooled"][d]) for layer in of["layers"].values())
+         for d in of["kept_mass"]}
+        for of in found
+    ]  # fmt: skip
+    assert all(max(of, key=of.get) == "0.1" for of in pooled)
+    told = "{:.1f}, {:.1f} and {:.1f} points".format(*(100 * of["0.1"] for of in pooled))
+    assert f"At 0.1 pooled selection misses most: {told} in the worst layer" in page
 
 
 def test_what_larger_boxes_attend_to():
