@@ -35,6 +35,7 @@ class Denoising:
         self._time: Tensor | None = None  # the loop's own tensor, one object a step; else a copy
         self._failed_at: Tensor | None = None  # left behind by a run that failed
         self._calls_in_step = 0
+        self.in_own_loop = True  # of the user, or the pipeline's as far as it shows
 
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
@@ -42,6 +43,7 @@ class Denoising:
         of_loop = self._timestep_of_pipeline(told)
         if of_loop is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
+        self.in_own_loop = of_loop is None
         if of_loop is None:  # a copy, as the user's tensor may be written to at every step
             current = timestep.clone()
             unnamed = told == self._step and self._branch is None

@@ -213,6 +213,39 @@ def test_an_error_inside_a_bare_transformer_does_not_poison_the_next_run(error, 
     assert loop(latents, texts).equal(expected)
 
 
+@torch.no_grad()
+def test_an_error_in_a_loop_of_ones_own_beside_a_pipeline_does_not_poison_the_next_run(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa-sampled", num_steps=3, search_at=0.0, **SPARSE)
+    latents, text = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32)
+
+    def loop():
+        pipe.scheduler.set_timesteps(3)
+        for time in pipe.scheduler.timesteps:
+            output = pipe.transformer(latents, time.expand(1), text).sample
+            pipe.scheduler.step(output, time, latents)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    hook = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    hook.remove()
+    loop()
+    assert {entry["branch"] for entry in handle.report().trace} == {"call_0"}
+
+
+@torch.no_grad()
+def test_a_refused_call_of_a_bare_transformer_is_no_call_of_guidance():
+    transformer = tiny_wan().transformer
+    handle = enable_sparse_attention(transformer, "adaspa-sampled", num_steps=2, **SPARSE)
+    latents, text = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32)
+    with pytest.raises(ValueError, match="not enough values"):
+        transformer(latents[0], torch.tensor([900.0]), text)
+    transformer(latents, torch.tensor([900.0]), text)
+    assert {entry["branch"] for entry in handle.report().trace} == {"call_0"}
+
+
 def test_steps_and_branches_without_cache_contexts(pipe):
     """Wan video-to-video calls the transformer outside of any context."""
     handle = enable_sparse_attention(pipe.transformer, "adaspa", num_steps=5, **SPARSE)
