@@ -390,10 +390,11 @@ def register_layer(layer: LayerAttention) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     """(B, S, H, D) attention of the layer registered under `slot`.
 
-    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does.
+    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does; float64
+    stays.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     return _attend(query, key, value, slot)

@@ -55,6 +55,16 @@ def test_density_one_equals_stock_bit_for_bit_through_our_processors(pipe):
     assert report.dense_calls == layers * 2 * 6 and report.effective_cost == 1
 
 
+@torch.no_grad()
+def test_a_float64_model_under_autocast_equals_stock(pipe):
+    transformer = pipe.transformer.double()
+    latents, text = torch.randn(1, 16, 3, 8, 8).double(), torch.randn(1, 16, 32).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = transformer(latents, torch.tensor([900.0]), text).sample
+        enable_sparse_attention(transformer, density=1.0, num_steps=1)
+        assert transformer(latents, torch.tensor([900.0]), text).sample.equal(stock)
+
+
 @pytest.mark.parametrize("method", ["adaspa", "random", "window"])
 @pytest.mark.parametrize("order", ["raster", "tile", "curve"])
 def test_all_blocks_kept_equals_dense_within_rounding(pipe, method, order):
