@@ -700,6 +700,11 @@ def test_divergence_equals_its_definition():
         assert found.item() == pytest.approx(both / 2, abs=1e-6)
 
 
+def test_divergence_of_what_is_alike_has_a_root():
+    first = torch.rand(1000, 60)
+    assert (flexprefill.divergence(first, first * 3).sqrt() < 0.01).all()
+
+
 def test_flexprefill_takes_the_map_where_it_is_right_and_slashes_elsewhere():
     grid = VideoGrid(8, 8, 8)
     search = make_search(grid, batch=1, scale=1.0)
