@@ -169,11 +169,13 @@ class LayerAttention:
         """Log at the first call that a run will gain nothing; its report says it of the whole."""
         call, config = self.state.call, self.config
         layers = self._sparse_layers()
-        if call.step > 0 or len(self.state.last) > 1 or not layers:
+        if call.step > 0 or self.state.trace or not layers:
             return
         density = max(config.density, call.grid.forced_share(config.block_size))
         corrected = self._corrected_layers(query) / layers
-        cost = config.planned_cost(call.num_steps, density, corrected)
+        plan = call.num_steps, density, corrected
+        parts = [config.planned_cost(*plan, follows=i > 0) for i in range(self.state.parts)]
+        cost = sum(parts) / len(parts)
         if cost >= 1:
             logger.warning(COSTLY.format(cost))
 
