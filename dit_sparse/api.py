@@ -217,7 +217,7 @@ class Installation:
         self.layers: list[LayerAttention] = []  # the operator finds them by weak references
         self.swaps: list[Swap] = []
         self.measure = measure
-        self._inside = False  # a bare transformer's call; its error ends a run
+        self._inside = False  # a call of a loop of the user's own; its error ends a run
         with ExitStack() as undo:
             vars(transformer)[_HANDLE] = handle
             undo.callback(vars(transformer).pop, _HANDLE)
@@ -246,9 +246,8 @@ class Installation:
                 undo.callback(undo_hook)
             hook = transformer.register_forward_pre_hook(self._before_call, with_kwargs=True)
             undo.callback(hook.remove)
-            if not self.one_thread.knows_loop:
-                hook = transformer.register_forward_hook(self._after_call)
-                undo.callback(hook.remove)
+            hook = transformer.register_forward_hook(self._after_call)
+            undo.callback(hook.remove)
             self._off = undo.pop_all()
 
     def off(self) -> None:
@@ -298,6 +297,7 @@ class Installation:
         given = dict(zip(self.argument_names, args)) | kwargs
         latents = given["hidden_states"]
         step, num_steps, branch = self.denoising.read(given["timestep"])
+        self._inside = self.denoising.in_own_loop
         prepared = self.family.prepare(transformer, given, self.handle.keep_padding)
         batch, lengths = len(latents), prepared.lengths
         guided = self._guided(branch, step, batch) and lengths is None
@@ -317,16 +317,17 @@ class Installation:
                 self.state,
             )
         changed = prepared.changed | self._reordered(given, prepared)
-        self._inside = not self.one_thread.knows_loop
         return ((), given | changed) if changed else None
 
     @torch.compiler.disable
     def _after_call(self, *_: Any) -> None:
-        """Of a bare transformer: nobody else says that a run has ended.
+        """Of a bare transformer nobody else says that a run has ended.
 
         Where its last step makes two calls, it seems over between them.
         """
         self._inside, call = False, self.state.call
+        if self.one_thread.knows_loop:
+            return
         if call is not None and call.step == call.num_steps - 1:
             self.one_thread.end()
 

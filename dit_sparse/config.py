@@ -171,20 +171,23 @@ class SparseConfig:
         """What a corrected layer keeps beside `cache_bytes`, where that leaves it out."""
         return 0
 
-    def planned_cost(self, num_steps: int, density: float, corrected: float = 0.0) -> float:
+    def planned_cost(
+        self, num_steps: int, density: float, corrected: float = 0.0, follows: bool = False
+    ) -> float:
         """Attention cost of a run over that of dense, by its schedule; 1 is as dense.
 
         Args:
             density: of sparse calls; above our own where more is always attended. A tail's share
                 is added.
             corrected: share of the layers that keep a correction.
+            follows: of a guidance branch that uses all that another one finds.
         """
         density += self.tail_share
         found, cost = None, 0.0
         for step in range(num_steps):
             schedule = self.search_at, found, self.every_step, self.apart
             kind = step_kind(step, num_steps, *schedule)
-            if kind == "search":
+            if kind == "search" and not follows:
                 fused = self.uses_lse and found is None  # with the dense call that gives the LSE
                 plain = 1.0 if fused else density
                 cost += self.search_cost + corrected * (1 + density) + (1 - corrected) * plain

@@ -32,9 +32,10 @@ class Denoising:
         self._branch: str | None = None
         self._fields: dict[str, Any] = {}
         self._step = -1
-        self._time: Tensor | None = None  # the loop's own tensor: one object a step
+        self._time: Tensor | None = None  # the loop's own tensor, one object a step; else a copy
         self._failed_at: Tensor | None = None  # left behind by a run that failed
         self._calls_in_step = 0
+        self.in_own_loop = True  # of the user, or the pipeline's as far as it shows
 
     def read(self, timestep: Tensor) -> tuple[int, int, str]:
         """Step (0-based), steps in all and branch of the call that is about to run."""
@@ -42,11 +43,13 @@ class Denoising:
         of_loop = self._timestep_of_pipeline(told)
         if of_loop is None and hasattr(self._pipe(), "_current_timestep"):
             self._refuse_other_pipeline()
-        current = timestep if of_loop is None else of_loop
-        again = current is self._time
-        unnamed = told == self._step and self._branch is None
-        if not again and of_loop is None and (told is None or unnamed):
-            again = self._is_time_of_last_call(current)
+        self.in_own_loop = of_loop is None
+        if of_loop is None:  # a copy, as the user's tensor may be written to at every step
+            current = timestep.clone()
+            unnamed = told == self._step and self._branch is None
+            again = (told is None or unnamed) and self._is_time_of_last_call(current)
+        else:
+            current, again = of_loop, of_loop is self._time
         if not again and told is None:
             told = self._place_in_schedule(current)
             if told is None:
@@ -76,7 +79,7 @@ class Denoising:
     def _is_time_of_last_call(self, current: Tensor) -> bool:
         """Whether a timestep, not the loop's own, is that of the last call. One host sync.
 
-        Guidance calls may each bring a tensor of their own; of runs of one step each is new.
+        Guidance calls may bring one tensor, or each its own; of runs of one step each is new.
         """
         if self._time is None or self._steps_in_all() == 1:
             return False

@@ -40,7 +40,8 @@ def sparse_attention(
     batch, length, heads, _ = query.shape
     lse = query.new_full((batch, heads, length), -torch.inf, dtype=torch.float32)
     for b in range(batch):
-        keys = block_mask.kv_len if kv_len is None else int(kv_len[b])
+        keys = block_mask.kv_len
+        keys = keys if kv_len is None else min(int(kv_len[b]), keys)  # a block's padding is no key
         for h in range(heads):
             mask_b, mask_h = b % counts.shape[0], h % counts.shape[1]
             out_rows, lse_rows = _one_head(

@@ -169,11 +169,13 @@ class LayerAttention:
         """Log at the first call that a run will gain nothing; its report says it of the whole."""
         call, config = self.state.call, self.config
         layers = self._sparse_layers()
-        if call.step > 0 or len(self.state.last) > 1 or not layers:
+        if call.step > 0 or self.state.trace or not layers:
             return
         density = max(config.density, call.grid.forced_share(config.block_size))
         corrected = self._corrected_layers(query) / layers
-        cost = config.planned_cost(call.num_steps, density, corrected)
+        plan = call.num_steps, density, corrected
+        parts = [config.planned_cost(*plan, follows=i > 0) for i in range(self.state.parts)]
+        cost = sum(parts) / len(parts)
         if cost >= 1:
             logger.warning(COSTLY.format(cost))
 
@@ -390,10 +392,11 @@ def register_layer(layer: LayerAttention) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     """(B, S, H, D) attention of the layer registered under `slot`.
 
-    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does.
+    Under autocast it runs in, and gives, autocast's dtype, as torch's own attention does; float64
+    stays.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     return _attend(query, key, value, slot)

@@ -78,6 +78,13 @@ def test_samples_of_different_valid_length():
     torch.testing.assert_close(output.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_more_valid_keys_than_there_are_is_all_of_them():
+    query, key, value = inputs(100, 100)
+    packed = BlockMask.full(100, 100)
+    output = sparse_attention(query, key, value, packed, kv_len=torch.tensor([128, 101]))
+    assert output.equal(sparse_attention(query, key, value, packed))
+
+
 def test_samples_without_a_valid_key_are_zero_with_lse_minus_infinity():
     query, key, value = inputs(150, 150)
     packed = BlockMask.full(150, 150)

@@ -143,6 +143,16 @@ def test_guidance_calls_of_a_loop_of_ones_own_beside_the_scheduler_of_a_pipeline
         assert seen == [(step, 4, f"call_{call}") for step in range(4) for call in range(2)]
 
 
+def test_a_timestep_that_is_written_to_at_every_step():
+    model, timestep = Denoising(Transformer(), 3), torch.empty(1)
+    for _ in range(2):
+        seen = []
+        for step in range(3):
+            timestep.fill_(900.0 - 100 * step)
+            seen += [model.read(timestep) for _ in range(2)]
+        assert seen == [(step, 3, f"call_{call}") for step in range(3) for call in range(2)]
+
+
 def test_runs_of_one_step_each_begin_anew():
     model = Denoising(Transformer(), 1)
     for time in (500.0, 500.0, 400.0):

@@ -581,6 +581,14 @@ def test_all_principal_dimensions_are_exact_and_few_are_the_best_of_their_rank()
     assert cost == pytest.approx(4 / 16 + 4 / 63 + 16 / 63)
 
 
+def test_principal_dimensions_of_long_keys_fit_into_float16():
+    search = make_search(VideoGrid(16, 16, 16))
+    query, key = (x + 16 * (torch.arange(16) < 4) for x in (search.query, search.key))
+    exact = principal_mass(replace(search, query=query, key=key), 64, 4)[0]
+    half = replace(search, query=query.half(), key=key.half())
+    assert (principal_mass(half, 64, 4)[0] - exact).abs().max() < 0.1 * exact.max()
+
+
 def test_rtpurbo_and_double_sparsity_keep_the_best_of_their_scores():
     search = make_search(own := VideoGrid(5, 8, 16))
     config = RTPurbo(density=0.99, share=0.6, dimensions=4, block_size=BLOCK, own_block=False)
@@ -690,6 +698,11 @@ def test_divergence_equals_its_definition():
         mean = (p + q) / 2
         both = sum(float((x * (x / mean).log()).sum()) for x in (p, q))
         assert found.item() == pytest.approx(both / 2, abs=1e-6)
+
+
+def test_divergence_of_what_is_alike_has_a_root():
+    first = torch.rand(1000, 60)
+    assert (flexprefill.divergence(first, first * 3).sqrt() < 0.01).all()
 
 
 def test_flexprefill_takes_the_map_where_it_is_right_and_slashes_elsewhere():

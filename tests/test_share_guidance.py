@@ -127,6 +127,15 @@ def test_a_batch_of_both_branches_is_taken_in_two_parts():
     assert shared.effective_cost < own.effective_cost
 
 
+@pytest.mark.parametrize(("density", "told"), [(0.3, False), (0.95, True)])
+def test_the_cost_of_a_batch_of_both_branches_is_told_of_both_and_once(density, told, caplog):
+    pipe = make("CogVideoX")
+    handle = enable_sparse_attention(pipe, density=density, block_size=32, target="speed")
+    pipe(**arguments("CogVideoX") | {"num_inference_steps": 3, "output_type": "latent"})
+    assert (handle.report().effective_cost >= 1) == told
+    assert caplog.text.count("times that of dense") == told
+
+
 def test_in_a_batch_of_both_branches_the_mask_is_that_of_the_prompt():
     _, own = joint(None)
     _, shared = joint("mask")

@@ -55,6 +55,16 @@ def test_density_one_equals_stock_bit_for_bit_through_our_processors(pipe):
     assert report.dense_calls == layers * 2 * 6 and report.effective_cost == 1
 
 
+@torch.no_grad()
+def test_a_float64_model_under_autocast_equals_stock(pipe):
+    transformer = pipe.transformer.double()
+    latents, text = torch.randn(1, 16, 3, 8, 8).double(), torch.randn(1, 16, 32).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = transformer(latents, torch.tensor([900.0]), text).sample
+        enable_sparse_attention(transformer, density=1.0, num_steps=1)
+        assert transformer(latents, torch.tensor([900.0]), text).sample.equal(stock)
+
+
 @pytest.mark.parametrize("method", ["adaspa", "random", "window"])
 @pytest.mark.parametrize("order", ["raster", "tile", "curve"])
 def test_all_blocks_kept_equals_dense_within_rounding(pipe, method, order):
@@ -211,6 +221,39 @@ def test_an_error_inside_a_bare_transformer_does_not_poison_the_next_run(error, 
         loop(failed, texts.flip(0))
     hook.remove()
     assert loop(latents, texts).equal(expected)
+
+
+@torch.no_grad()
+def test_an_error_in_a_loop_of_ones_own_beside_a_pipeline_does_not_poison_the_next_run(pipe):
+    handle = enable_sparse_attention(pipe, "adaspa-sampled", num_steps=3, search_at=0.0, **SPARSE)
+    latents, text = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32)
+
+    def loop():
+        pipe.scheduler.set_timesteps(3)
+        for time in pipe.scheduler.timesteps:
+            output = pipe.transformer(latents, time.expand(1), text).sample
+            pipe.scheduler.step(output, time, latents)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    hook = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    hook.remove()
+    loop()
+    assert {entry["branch"] for entry in handle.report().trace} == {"call_0"}
+
+
+@torch.no_grad()
+def test_a_refused_call_of_a_bare_transformer_is_no_call_of_guidance():
+    transformer = tiny_wan().transformer
+    handle = enable_sparse_attention(transformer, "adaspa-sampled", num_steps=2, **SPARSE)
+    latents, text = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32)
+    with pytest.raises(ValueError, match="not enough values"):
+        transformer(latents[0], torch.tensor([900.0]), text)
+    transformer(latents, torch.tensor([900.0]), text)
+    assert {entry["branch"] for entry in handle.report().trace} == {"call_0"}
 
 
 def test_steps_and_branches_without_cache_contexts(pipe):

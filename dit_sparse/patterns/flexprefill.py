@@ -98,4 +98,5 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
     first = first * (second > 0)
     p, q = (x / x.sum(-1, keepdim=True).clamp_min(1e-20) for x in (first, second))
     mean = (p + q) / 2
-    return ((torch.xlogy(p, p) + torch.xlogy(q, q)) / 2 - torch.xlogy(mean, mean)).sum(-1)
+    terms = (torch.xlogy(p, p) + torch.xlogy(q, q)) / 2 - torch.xlogy(mean, mean)
+    return terms.sum(-1).clamp_min(0)  # rounding may pass it, and the root would be NaN

@@ -64,8 +64,9 @@ def principal_mass(search: Search, block_size: int, dimensions: int) -> Scores:
     query, key = (x.transpose(1, 2).float() for x in (search.query, search.key))
     (root_q, inverse_q), (root_k, inverse_k) = (root(x.mT @ x) for x in (query, key))
     left, sizes, right = torch.linalg.svd(root_q @ root_k)
-    project_q = inverse_q @ (left * sizes.unsqueeze(-2))[..., :dimensions]
-    project_k = inverse_k @ right.mT[..., :dimensions]
+    halves = sizes.sqrt().unsqueeze(-2)  # on either side: all of it may be too much for float16
+    project_q = inverse_q @ (left * halves)[..., :dimensions]
+    project_k = inverse_k @ (right.mT * halves)[..., :dimensions]
     few_q, few_k = (
         (x @ y).transpose(1, 2).to(search.query.dtype)
         for x, y in ((query, project_q), (key, project_k))
