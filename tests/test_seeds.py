@@ -150,6 +150,7 @@ def test_top_k_map_equals_a_loop():
         rest = sorted(set(pairs) - expected, key=lambda p: -scores[b, h, p[0], p[1]])
         expected |= set(rest[: max(kept[b, h] - 12, 0)])
         assert {tuple(p) for p in mask[b, h].nonzero().tolist()} == expected
+    assert select.top_k_map(scores, kept, forced, 2, most=36).equal(mask)
     plain = select.top_k_map(scores, kept, torch.zeros_like(forced))
     assert plain.sum((-1, -2)).equal(kept)
     assert select.top_k_map(scores, kept, forced, row_floor=7).all()  # of 6 blocks

@@ -24,7 +24,7 @@ import torch
 from ..config import DENSITIES, SparseConfig, whole
 from .score import pooled_map
 from .search import Found, Search
-from .select import blocks_of, top_k_map
+from .select import blocks_of, most_blocks, top_k_map
 
 
 @dataclass(frozen=True)
@@ -66,4 +66,6 @@ class DraftAttention(SparseConfig):
         scores, cost = pooled_map(search, self.block_size)
         in_all = scores.shape[-1] * scores.shape[-2]
         kept = blocks_of(torch.full_like(scores[..., 0, 0], self.density), in_all)
-        return Found(top_k_map(scores, kept, self.forced(search), self.row_floor), None, cost)
+        most = most_blocks(self.density, in_all)
+        mask = top_k_map(scores, kept, self.forced(search), self.row_floor, most)
+        return Found(mask, None, cost)

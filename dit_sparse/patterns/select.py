@@ -99,7 +99,9 @@ def quota_rows(scores: Tensor, kept: Tensor, segments: Tensor, forced: Tensor) -
     return mask
 
 
-def top_k_map(scores: Tensor, kept: Tensor, forced: Tensor, row_floor: int = 0) -> Tensor:
+def top_k_map(
+    scores: Tensor, kept: Tensor, forced: Tensor, row_floor: int = 0, most: int | None = None
+) -> Tensor:
     """The best blocks of a head's whole map, whatever their row (DraftAttention's rule).
 
     Args:
@@ -107,14 +109,15 @@ def top_k_map(scores: Tensor, kept: Tensor, forced: Tensor, row_floor: int = 0) 
         kept: (B, H) int64, blocks kept in the map of a head.
         forced: (N, N) bool, blocks kept whatever their score; they count towards `kept`.
         row_floor: the best so many blocks of each row (forced ones first) are kept too, and count.
+        most: no entry of `kept` is larger. None asks `kept`, which waits for a GPU.
 
     Returns:
         (B, H, N, N) bool.
     """
     floor = min(row_floor, scores.shape[-1])
-    first = top_k_rows(scores, torch.full_like(kept, floor), forced)
+    first = top_k_rows(scores, torch.full_like(kept, floor), forced, floor)
     ranked = scores.masked_fill(first, torch.inf).flatten(2)
-    largest = int(kept.max())
+    largest = int(kept.max()) if most is None else most
     best = ranked.topk(largest, dim=-1).indices
     within = torch.arange(largest, device=scores.device) < kept[..., None]
     mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, within)
