@@ -30,7 +30,7 @@ def test_cost_is_that_of_all_calls_over_as_many_dense_ones():
     assert found.effective_cost == pytest.approx((1 + 1.5 + 0.375 + 0.125 + 0.625) / 4)
     assert found.density == pytest.approx((0.375 + 0.625) / 2)
     assert (found.dense_calls, found.search_calls, found.reuse_calls) == (1, 1, 2)
-    assert found.steps == 4 and len(found.trace) == 4
+    assert found.steps == 4 and len(found.trace) == 4 and not found.notes
     assert found.trace[2]["density"] == [0.25, 0.5] and found.trace[2]["kept_mass"] is None
     outside = report(state(*records, parts_outside=2), layers=2)  # one more layer, not ours
     assert outside.effective_cost == pytest.approx((3.625 + 2) / 8)

@@ -62,10 +62,11 @@ def test_the_log_is_emptied_when_the_next_run_begins_and_no_sooner():
     assert state.masks and state.peak_bytes
     state.drop()
     assert state.trace and state.peak_bytes and state.notes and state.masks and state.calls == 1
-    state.begin(call(0))
-    fresh = State(masks={}, layers=3)
-    fresh.begin(call(0))
-    assert state == fresh
+    first = call(0)
+    state.begin(first)
+    begun = {"call": first, "last": {"cond": first}, "calls": 1, "parts_in_all": 1}
+    assert state == State(masks={}, layers=3, **begun)
+    assert state_at(first).masks is None  # nobody asked for them
 
 
 def test_a_guided_batch_that_shares_all_counts_as_two_calls():
