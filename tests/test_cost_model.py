@@ -48,6 +48,17 @@ def test_nothing_is_known_of_a_cpu():
     assert predicted_speedup((1, 640, 4, 64), 0.1, (0.2,), 10, 1, CPU) is None
 
 
+def test_constants_are_those_of_the_architecture(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cost_model, "known_constants", lambda: {"sm_90": FAST, "sm_120": SLOW})
+    for capability, known in (((9, 0), FAST), ((12, 0), SLOW), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert cost_model.constants_of.__wrapped__(torch.device("cuda")) is known
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's numbers mean other GPUs
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert cost_model.constants_of.__wrapped__(torch.device("cuda", 0)) is None
+
+
 def test_auto_stays_dense_where_sparse_would_be_slower(constants):
     pipe = tiny_wan()
     stock = generate(pipe)
