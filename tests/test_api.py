@@ -146,3 +146,18 @@ def test_too_few_steps_are_refused_when_enabling():
     for steps in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="num_steps is a whole number of at least 1"):
             enable_sparse_attention(tiny_wan().transformer, num_steps=steps)
+
+
+def test_a_note_is_warned_of_once_and_stands_in_the_reports_that_it_is_for(caplog):
+    handle = enable_sparse_attention(tiny_wan().transformer, num_steps=1)
+    state = handle._installed[0].state
+    for _ in range(2):
+        handle.note("of every run")
+        handle.note("of this run", state)
+    assert caplog.messages == ["of every run", "of this run"]
+    assert handle.report().notes[:2] == ["of every run", "of this run"]
+    state.forget()
+    handle.note("of this run", state)
+    assert "of this run" in handle.report().notes and len(caplog.messages) == 2
+    state.forget()
+    assert "of every run" in handle.report().notes and "of this run" not in handle.report().notes
