@@ -143,7 +143,7 @@ class Denoising:
         return known
 
     def reset(self) -> None:
-        self._step, self._time, self._calls_in_step = -1, None, 0
+        self._step, self._time = -1, None  # the next call is the first at its time
 
     def watch(
         self, transformer: Any, on_call: Callable[[], None], on_end: Callable[[], None]

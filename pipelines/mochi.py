@@ -78,7 +78,7 @@ def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prep
     slots = mask.shape[1] if keep_padding else max(1, *counts)
     grid = VideoGrid(frames, height // patch, width // patch, text_tokens=slots)
     cut = {"encoder_hidden_states": text[:, :slots], "encoder_attention_mask": mask[:, :slots]}
-    return Prepared(grid, valid_lengths(grid, counts), {} if keep_padding else cut)
+    return Prepared(grid, valid_lengths(grid, counts), cut)
 
 
 def _counts(mask: Tensor) -> list[int]:

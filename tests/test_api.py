@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tiny import CALL, tiny_wan
+from tiny_joint import cogvideox
+from tiny_ltx_video import ltx_video
 
 import dit_sparse
 from dit_sparse import (
@@ -16,6 +18,7 @@ from dit_sparse import (
     enable_sparse_attention,
     supported_pipelines,
 )
+from dit_sparse.api import supported_transformers
 from dit_sparse.attention import refuse_missing
 from dit_sparse.config import SparseConfig
 from dit_sparse.engines import triton_engine
@@ -76,6 +79,20 @@ def test_a_rule_that_finds_no_mask_is_told_what_to_give(find, told):
     enable_sparse_attention(pipe, rule(search_at=0.0))
     with pytest.raises((NotImplementedError, TypeError), match=told):
         pipe("a", **CALL, max_sequence_length=16)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_wan().transformer, ltx_video, cogvideox])
+def test_a_mask_for_self_attention_is_refused(make):
+    transformer = make()
+    enable_sparse_attention(transformer, num_steps=1)
+    *_, attention = supported_transformers(transformer)[0][1].self_attentions(transformer)
+    x, mask = torch.randn(1, 16, 32), torch.ones(1, 16)
+    with pytest.raises(ValueError, match="without a mask"):
+        attention.processor(attention, x, encoder_hidden_states=x, attention_mask=mask)
+    if make is not cogvideox:  # whose processor is given the text
+        for given in ({"encoder_hidden_states": x}, {"attention_mask": mask}):
+            with pytest.raises(ValueError, match="for self-attention without a mask"):
+                attention.processor(attention, x, **given)
 
 
 def test_training_is_refused_with_what_to_do():
@@ -146,3 +163,18 @@ def test_too_few_steps_are_refused_when_enabling():
     for steps in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="num_steps is a whole number of at least 1"):
             enable_sparse_attention(tiny_wan().transformer, num_steps=steps)
+
+
+def test_a_note_is_warned_of_once_and_stands_in_the_reports_that_it_is_for(caplog):
+    handle = enable_sparse_attention(tiny_wan().transformer, num_steps=1)
+    state = handle._installed[0].state
+    for _ in range(2):
+        handle.note("of every run")
+        handle.note("of this run", state)
+    assert caplog.messages == ["of every run", "of this run"]
+    assert handle.report().notes[:2] == ["of every run", "of this run"]
+    state.forget()
+    handle.note("of this run", state)
+    assert "of this run" in handle.report().notes and len(caplog.messages) == 2
+    state.forget()
+    assert "of every run" in handle.report().notes and "of this run" not in handle.report().notes

@@ -125,6 +125,21 @@ def test_sampled_kept_mass_is_near_the_mass_of_all_rows():
     assert (sampled_kept_mass(query, key, packed) - exact).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(("length", "rows"), [(50, range(50)), (640, range(5, 640, 10))])
+@pytest.mark.parametrize("lengths", [None, (50, 41)])
+def test_sampled_kept_mass_is_that_of_evenly_spaced_rows(length, rows, lengths):
+    query, key, _ = inputs(length, 50)
+    blocks = torch.rand(2, 3, -(-length // 64), 2) < 0.5
+    packed = BlockMask.from_dense(blocks, length, 50, (64, 32))
+    kv_len = None if lengths is None else torch.tensor(lengths)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    if lengths is not None:
+        scores[1, ..., 41:] = -torch.inf
+    kept = blocks.repeat_interleave(64, 2)[:, :, :length].repeat_interleave(32, 3)[..., :50]
+    exact = (scores.softmax(-1) * kept)[:, :, list(rows)].sum(-1).mean((0, 2))
+    torch.testing.assert_close(sampled_kept_mass(query, key, packed, kv_len), exact)
+
+
 def test_block_pool_is_a_mean_over_valid_tokens():
     x = torch.randn(2, 100, 3, 8)
     pooled = block_pool(x, 64)
@@ -144,6 +159,26 @@ def test_bad_arguments_say_what_was_expected():
         sparse_attention(query, key, value, packed, engine="cuda")
     with pytest.raises(ValueError, match=r"\(B, S, H, D\)"):
         sparse_attention(query[0], key, value, packed)
+
+
+@pytest.mark.parametrize("failure", [AttributeError, NotImplementedError, RuntimeError])
+def test_dense_attention_without_torchs_operators_is_the_same(monkeypatch, failure):
+    def fail(*tensors):
+        raise failure
+
+    given = inputs(100, 150)
+    expected = dense_attention_with_lse(*given)
+    monkeypatch.setattr(dense, "_fused", fail)
+    torch.testing.assert_close(dense_attention_with_lse(*given), expected)
+
+
+def test_dense_attention_to_the_valid_keys_of_each_sample():
+    query, key, value = inputs(100, 150)
+    found = dense_attention_with_lse(query, key, value, torch.tensor([150, 70]))
+    for sample, valid in enumerate((150, 70)):
+        one = slice(sample, sample + 1)
+        alone = dense_attention_with_lse(query[one], key[one, :valid], value[one, :valid])
+        torch.testing.assert_close([x[one] for x in found], [*alone])
 
 
 def test_dense_attention_that_runs_out_of_memory_says_so(monkeypatch):

@@ -27,6 +27,7 @@ def test_indices_list_the_kept_blocks_in_order():
     packed = BlockMask.from_dense(mask, 300, 520)
     counts, indices = packed.indices()
     assert indices.dtype == torch.int16 and indices.shape[-1] == mask.sum(-1).max()
+    assert indices.is_contiguous()  # as kernels read them
     for row in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
         kept = mask[tuple(row)].nonzero().flatten()
         assert indices[tuple(row)][: counts[tuple(row)]].tolist() == kept.tolist()
@@ -49,15 +50,29 @@ def test_density_counts_valid_tokens_only():
     assert packed.density.item() == pytest.approx((64 * 64 + 16 * 16) / 80**2)
 
 
+def test_density_is_that_of_each_head_over_all_samples():
+    mask = torch.zeros(2, 3, 2, 4, dtype=torch.bool)
+    mask[0, 1], mask[1, 2, 0] = True, True
+    assert BlockMask.from_dense(mask, 128, 256).density.tolist() == [0, 0.5, 0.25]
+
+
+def test_twice_is_for_the_same_samples_one_after_the_other():
+    mask = random_mask(3, 4)
+    assert BlockMask.from_dense(mask, 192, 256).twice().to_dense().equal(torch.cat([mask, mask]))
+    one = BlockMask.from_dense(mask[:1], 192, 256)
+    assert one.twice() is one  # it serves any batch
+
+
 def test_full_keeps_everything():
     full = BlockMask.full(100, 200)
     assert full.density.item() == 1 and full.to_dense().all()
+    assert BlockMask.full(100, 200, (32, 64)).bits.shape == (1, 1, 4, 1)
 
 
 def test_flex_mask_lists_the_same_blocks():
     mask = random_mask(5, 5)
     flex = BlockMask.from_dense(mask, 320, 320).to_flex()
-    assert flex.to_dense().bool().equal(mask)
+    assert flex.to_dense().bool().equal(mask) and flex.BLOCK_SIZE == (64, 64)
 
 
 @pytest.mark.parametrize("q_len,kv_len", [(300, 520), (320, 320), (65, 1)])

@@ -25,6 +25,8 @@ def test_seconds_of_a_run_are_those_of_its_calls(constants):
     constants(FAST)
     speedup = predicted_speedup((1, 640, 4, 64), 0.1, (0.2, 0.6), 10, 1, CPU)
     assert speedup == pytest.approx(10 * 1e-3 / (2 * 1e-3 + 2 * 1e-3 + 6 * 1e-4))
+    speedup = predicted_speedup((1, 640, 4, 64), 0.1, (0.2, 0.3), 10, 2, CPU)  # one is left out
+    assert speedup == pytest.approx(10 * 1e-3 / (2 * 1e-3 + 1e-3 + 7 * 1e-4))
 
 
 def test_features_count_what_a_call_does():
@@ -32,6 +34,8 @@ def test_features_count_what_a_call_does():
     n = batch * heads
     pairs = n * tokens**2 * dim
     assert features_of("dense", (batch, tokens, heads, dim), 0.1) == [1, n * tokens * dim, pairs]
+    search = [1, n * tokens * dim, n * tokens**2, pairs]
+    assert features_of("search", (batch, tokens, heads, dim), 0.1) == search
     assert features_of("reuse", (batch, tokens, heads, dim), 0.1)[-1] == pytest.approx(pairs / 10)
 
 
@@ -46,6 +50,17 @@ def test_what_ships_is_positive_and_complete():
 
 def test_nothing_is_known_of_a_cpu():
     assert predicted_speedup((1, 640, 4, 64), 0.1, (0.2,), 10, 1, CPU) is None
+
+
+def test_constants_are_those_of_the_architecture(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cost_model, "known_constants", lambda: {"sm_90": FAST, "sm_120": SLOW})
+    for capability, known in (((9, 0), FAST), ((12, 0), SLOW), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert cost_model.constants_of.__wrapped__(torch.device("cuda")) is known
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's numbers mean other GPUs
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert cost_model.constants_of.__wrapped__(torch.device("cuda", 0)) is None
 
 
 def test_auto_stays_dense_where_sparse_would_be_slower(constants):

@@ -76,6 +76,16 @@ def test_a_failed_first_step_does_not_count_where_the_scheduler_has_no_step_inde
         assert steps == list(range(stop))
 
 
+def test_video_to_video_begins_inside_a_schedule_without_step_index():
+    pipe = Pipeline(steps=2)
+    timesteps = torch.tensor([900.0, 800.0, 700.0, 600.0])
+    pipe.scheduler = SimpleNamespace(timesteps=timesteps)
+    model, seen = Denoising(pipe, None), []
+    for pipe._current_timestep in timesteps[2:]:
+        seen.append(model.read(pipe._current_timestep))
+    assert seen == [(0, 2, "call_0"), (1, 2, "call_0")]
+
+
 def test_a_timestep_that_a_schedule_has_twice_is_two_steps():
     pipe = Pipeline()
     timesteps = torch.tensor([900.0, 800.0, 800.0, 700.0])
@@ -118,7 +128,48 @@ class Transformer:
         yield
 
     def _reset_stateful_cache(self):
-        pass
+        self.was_reset = True
+
+
+def test_a_context_that_tells_step_and_steps_needs_nothing_else():
+    transformer, seen = Transformer(), []
+    model = Denoising(transformer, None)
+    model.watch(transformer, on_call=lambda: None, on_end=lambda: None)
+    asked = [(step, branch) for step in (1, 3) for branch in ("cond", "uncond")]
+    for step, branch in asked:
+        with transformer.cache_context(branch, step_index=step, num_inference_steps=4):
+            seen.append(model.read(torch.tensor([500.0])))
+    assert seen == [(step, 4, branch) for step, branch in asked]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "told"), [(4, {}), (None, {"step_index": 0, "num_inference_steps": 4})]
+)
+def test_a_loop_of_ones_own_that_says_how_many_steps_it_makes_is_not_refused(num_steps, told):
+    pipe, transformer = Pipeline(), Transformer()
+    model = Denoising(pipe, num_steps)
+    model.watch(transformer, on_call=lambda: None, on_end=lambda: None)
+    with transformer.cache_context("cond", **told):
+        assert model.read(torch.tensor([900.0])) == (0, 4, "cond")
+
+
+def test_watching_tells_of_each_call_and_each_end_and_leaves_nothing_behind():
+    transformer, told = Transformer(), []
+    model = Denoising(transformer, 4)
+    undo = model.watch(transformer, lambda: told.append("call"), lambda: told.append("end"))
+    for time in (900.0, 800.0):
+        with transformer.cache_context("cond"):
+            read = model.read(torch.tensor([time]))
+    assert read == (1, 4, "cond")
+    transformer._reset_stateful_cache()
+    assert told == ["call", "call", "end"] and transformer.was_reset
+    assert model.read(torch.tensor([700.0])) == (0, 4, "call_0")  # a new run, outside of a context
+    with pytest.raises(KeyError), transformer.cache_context("cond"):
+        raise KeyError
+    assert told[3:] == ["call", "end"]
+    assert model.read(torch.tensor([600.0]))[0] == 0
+    undo()
+    assert set(vars(transformer)) == {"was_reset"}
 
 
 def test_a_timestep_of_its_own_for_each_guidance_call_is_one_step():
@@ -157,6 +208,11 @@ def test_runs_of_one_step_each_begin_anew():
     model = Denoising(Transformer(), 1)
     for time in (500.0, 500.0, 400.0):
         assert model.read(torch.tensor([time])) == (0, 1, "call_0")
+
+
+def test_one_timestep_for_both_guidance_calls_of_a_single_step():
+    model, time = Denoising(Transformer(), 1), torch.tensor([500.0])
+    assert [model.read(time)[2] for _ in range(2)] == ["call_0", "call_1"]
 
 
 def test_more_steps_than_were_said_are_refused():

@@ -48,8 +48,12 @@ def test_conditioning_span_and_blocks():
     grid = VideoGrid(4, 8, 8, text_tokens=10, conditioning_frames=1)
     assert grid.conditioning_span == (0, 64) and grid.forced_share(64) == 2 / 5
     assert VideoGrid(4, 8, 8).forced_share(64) == 0
-    with pytest.raises(ValueError, match="conditioning"):
-        VideoGrid(4, 8, 8, conditioning_frames=5)
+    for frames in (-1, 5):
+        with pytest.raises(ValueError, match="conditioning"):
+            VideoGrid(4, 8, 8, conditioning_frames=frames)
+    for sides in ((0, 8, 8), (4, 8, 0), (4, 8, 8, -1)):
+        with pytest.raises(ValueError, match="at least one token along each axis"):
+            VideoGrid(*sides)
 
 
 def test_curve_walks_to_a_neighbour_each_step():
@@ -64,6 +68,22 @@ def test_tile_is_a_box():
     assert (box.amax(0) - box.amin(0)).tolist() == [3, 3, 3]
 
 
+def test_curve_goes_through_axes_of_two_tokens():
+    permutation, _ = token_order(VideoGrid(3, 2, 2), "curve")
+    place = coordinates(permutation[4:], 2, 2)
+    assert (place[1:] - place[:-1]).abs().sum(1).max() == 1
+
+
+@pytest.mark.parametrize(("order", "frames"), [("tile", 5), ("patch", 1)])
+def test_boxes_come_one_after_the_other_on_a_ragged_grid(order, frames):
+    grid = VideoGrid(6, 5, 7)
+    permutation, _ = token_order(grid, order, block_size=16)
+    size = torch.tensor(tile_shape(frames, 16))
+    place = coordinates(permutation[35:], 5, 7) - torch.tensor([1, 0, 0])
+    keys = torch.cat([place // size, place % size], 1).tolist()
+    assert keys == sorted(keys)
+
+
 @pytest.mark.parametrize("order", ["tile", "curve"])
 def test_blocks_are_more_compact_than_raster_on_a_ragged_grid(order):
     grid = VideoGrid(21, 30, 52)
@@ -74,6 +94,7 @@ def test_tile_shape_holds_one_block():
     assert tile_shape(16, 64) == (4, 4, 4)
     assert tile_shape(1, 64) == (1, 8, 8)
     assert tile_shape(16, 128) == (4, 4, 8)
+    assert tile_shape(2, 64) == (2, 4, 8) and tile_shape(5, 16) == (2, 2, 4)
 
 
 def test_text_span_and_blocks():
@@ -81,6 +102,7 @@ def test_text_span_and_blocks():
     before = VideoGrid(2, 8, 8, text_tokens=10, text_first=True)
     assert after.text_span == (128, 138) and list(after.text_blocks(64)) == [2]
     assert before.text_span == (0, 10) and list(before.text_blocks(64)) == [0]
+    assert after.video_span == (0, 128) and before.video_span == (10, 138)
     assert after.block_lengths(64).tolist() == [64, 64, 10]
     assert not VideoGrid(2, 8, 8).text_blocks(64)
 

@@ -346,6 +346,46 @@ def test_gluon_is_for_hopper_alone(monkeypatch):
     tiles.gluon_runs.cache_clear()
 
 
+def test_gluon_of_an_older_triton_is_not_tried(monkeypatch):
+    monkeypatch.setattr(tiles.dot, "INTERPRETING", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, runs in (("3.5.1", False), ("3.6.0", True), ("4.0.0", True)):
+        monkeypatch.setattr(tiles.triton, "__version__", version)
+        tiles.gluon_runs.cache_clear()
+        assert tiles.gluon_runs(torch.device("cuda", 0)) is runs
+    tiles.gluon_runs.cache_clear()
+
+
+def test_a_gpu_gets_the_tiles_of_its_own_family_or_the_nearest(monkeypatch):
+    monkeypatch.setattr(tiles.dot, "INTERPRETING", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device, common, own = torch.device("cuda", 0), [tiles.Tile(64, 64, 4, 2)], object()
+    table = {("other", "pointer"): common, ("hopper", "descriptor"): own}
+    known = {(8, 0): "ampere", (8, 9): "ada", (9, 0): "hopper", (10, 0): "blackwell"}
+    for capability, name in (known | {(12, 0): "other"}).items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        tiles.family.cache_clear()
+        assert tiles.family(device) == name
+        assert tiles.rows_of(table, device, "descriptor") is own
+        assert tiles.rows_of(table, device, "pointer") is common
+        assert tiles.rows_of(table | {(name, "pointer"): own}, device, "pointer") is own
+    tiles.family.cache_clear()
+
+
+def test_the_first_tile_whose_rows_fit_the_block_is_taken_else_the_last_is_cut():
+    of = [tiles.Tile(128, 64, 8, 3), tiles.Tile(64, 128, 4, 2)]
+    table = {("other", "pointer"): {64: of}, ("hopper", "pointer"): {64: of}}
+    for block, expected in (
+        ((128, 128), (128, 64, 8, 3)),
+        ((128, 32), (128, 32, 8, 3)),
+        ((64, 64), (64, 64, 4, 2)),
+        ((32, 64), (32, 64, 4, 2)),
+    ):
+        found = tiles.tile_for(table, torch.device("cpu"), "pointer", 64, block)
+        assert found == (*expected, False)
+
+
 def test_a_gpu_that_takes_no_tile_says_so():
     def run(tile):
         raise OutOfResources(200_000, 100, "shared memory")

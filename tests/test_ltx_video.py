@@ -77,6 +77,26 @@ def test_fused_projections_give_what_the_stock_processor_gives():
     assert latents(pipe, call).equal(stock)
 
 
+@pytest.mark.parametrize("order", ["tile", "curve"])
+@torch.no_grad()
+def test_timesteps_given_per_token_follow_the_order(order):
+    """Any of them, not only those of the first frame, which every order leaves in front."""
+    transformer = ltx_video()
+    given = {
+        "hidden_states": torch.randn(2, 3 * 5 * 7, 8),
+        "encoder_hidden_states": torch.randn(2, 12, 16),
+        "timestep": torch.rand(2, 3 * 5 * 7).mul(1000),
+        "encoder_attention_mask": torch.ones(2, 12),
+        "num_frames": 3,
+        "height": 5,
+        "width": 7,
+    }
+    stock = transformer(**given).sample
+    options = ALL_KEPT | {"order": order, "search_at": 0, "num_steps": 2}
+    with enable_sparse_attention(transformer, **options):
+        assert apart(transformer(**given).sample, stock) < 1e-5
+
+
 def test_compiles_without_a_graph_break():
     pipe, call = ltx_pipeline("LTXImageToVideoPipeline"), ltx_call(1, True, image=True)
     enable_sparse_attention(pipe, "adaspa", **SPARSE)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 
 import numpy as np
 import pytest
@@ -121,12 +122,59 @@ def test_a_broken_torchvision_is_told_in_one_sentence(monkeypatch, tmp_path):
 
 
 def test_torch_home_is_put_back(monkeypatch, tmp_path):
-    import os
-
     monkeypatch.setenv("TORCH_HOME", "before")
     with torch_home(tmp_path):
         assert os.environ["TORCH_HOME"] == str(tmp_path.resolve())
     assert os.environ["TORCH_HOME"] == "before"
+
+
+def test_torch_home_that_was_not_set_is_not_set_again(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    with torch_home(tmp_path):
+        assert os.environ["TORCH_HOME"] == str(tmp_path)
+    assert "TORCH_HOME" not in os.environ
+
+
+class MeanDistance:
+    """Stands for torchmetrics' LPIPS: a mean over what it was given since its last reset."""
+
+    def reset(self):
+        self.found = []
+
+    def update(self, first, second):
+        assert first.shape == second.shape == (1, 3, 16, 16)
+        assert first.min() == -1 and first.max() == 1
+        self.found.append((first - second).abs().mean())
+
+    def compute(self):
+        return torch.stack(self.found).mean()
+
+
+def test_lpips_takes_frames_one_by_one_scaled_from_minus_one_to_one(monkeypatch):
+    monkeypatch.setattr(metrics, "torchvision_problem", lambda: None)
+    monkeypatch.setattr(Lpips, "_load", lambda self: None)
+    lpips = Lpips(net="vgg")
+    assert lpips.net == "vgg" and lpips.reason is None
+    lpips.metric = MeanDistance()
+    dark, light = torch.zeros(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.25)
+    for frames in (dark, light):  # the whole range in each
+        frames[..., 0, 0], frames[..., 0, 1] = 0, 1
+    expected = float((light - dark).abs().mean()) * 2
+    for _ in range(2):
+        assert lpips(dark, light) == pytest.approx(expected)
+
+
+def test_a_clip_is_told_the_mean_lpips_of_its_frames():
+    values, told = iter([0.1, 0.2, 0.6]), []
+    found = compare_clips(clip(0), clip(1), lambda a, b: next(values), lambda: told.append(1))
+    assert found.lpips == pytest.approx(0.3) and len(told) == 3
+    assert compare_clips(clip(0), clip(1)).lpips is None
+    assert compare_clips(clip(0), clip(1), lambda a, b: None).lpips is None
+
+
+def test_frames_as_large_as_the_window_of_ssim_are_compared():
+    frames = clip(0)[:, :11, :11]
+    assert compare_clips(frames, frames).ssim == pytest.approx(1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")

@@ -59,6 +59,17 @@ def test_a_transformer_that_starts_in_the_middle_searches_first():
     assert step_kind(12, 25, AT, found_at=None) == "search"
 
 
+def test_the_last_step_searches_where_a_fraction_rounds_to_the_end():
+    assert search_steps((0.5, 0.96), 10) == [5, 9]
+    assert step_kind(9, 10, (0.96,), found_at=None) == "search"
+
+
+def test_every_step_searches_from_the_first_search_on():
+    kinds = [step_kind(s, 5, (0.4,), None if s < 3 else s - 1, every_step=True) for s in range(5)]
+    assert kinds == ["dense", "dense", "search", "search", "search"]
+    assert step_kind(3, 5, (0.4,), found_at=3, every_step=True) == "reuse"  # at its second call
+
+
 def test_searches_too_near_to_another_are_left_out():
     assert search_steps((0.24, 0.49, 0.75), 4, apart=2) == [1, 3]
     assert search_steps((0.24, 0.49, 0.75), 8, apart=2) == [2, 4, 6]

@@ -198,6 +198,12 @@ def test_the_correction_gives_the_dense_output_at_its_own_step(clamp):
     assert correction.nbytes() == 2 * 2 * 200 * 4 * (1 + 16)
 
 
+def test_a_window_never_holds_more_than_all_of_the_mass():
+    output, lse = torch.randn(1, 64, 2, 16), torch.zeros(1, 2, 64)
+    correction = measure_correction(output, lse, output, lse + 1e-3)  # as far as rounding may go
+    assert correction.rho.eq(1).all() and not correction.residual.any()
+
+
 def test_a_pooled_residual_is_the_mean_of_its_tokens():
     dense, sparse, _ = dense_and_sparse()
     whole, pooled = (measure_correction(*dense, *sparse, pool=pool) for pool in (1, 64))

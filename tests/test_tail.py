@@ -446,7 +446,8 @@ def test_residuals_fill_the_memory_that_is_allowed():
     for allowed in (None, 10**9, branches * layers * (plain + more)):
         assert Auto(max_cache_bytes=allowed).corrected_layers(shape, 2, layers, branches) == 6
     least = branches * layers * plain
-    for room, expected in ((0, 0), (branches * more, 1), (7 * more, 3), (-1, 0)):
+    rooms = (0, 0), (branches * more - 1, 0), (branches * more, 1), (7 * more, 3), (-1, 0)
+    for room, expected in rooms:
         config = Auto(max_cache_bytes=least + room)
         assert config.corrected_layers(shape, 2, layers, branches) == expected
     assert Auto(residual=None).corrected_layers(shape, 2, layers, branches) == 0
