@@ -33,6 +33,7 @@ class Denoising:
         self._fields: dict[str, Any] = {}
         self._step = -1
         self._time: Tensor | None = None  # the loop's own tensor, one object a step; else a copy
+        self._given: Tensor | None = None  # with the last call
         self._failed_at: Tensor | None = None  # left behind by a run that failed
         self._calls_in_step = 0
         self.in_own_loop = True  # of the user, or the pipeline's as far as it shows
@@ -47,7 +48,8 @@ class Denoising:
         if of_loop is None:  # a copy, as the user's tensor may be written to at every step
             current = timestep.clone()
             unnamed = told == self._step and self._branch is None
-            again = (told is None or unnamed) and self._is_time_of_last_call(current)
+            one_tensor, self._given = timestep is self._given, timestep
+            again = (told is None or unnamed) and self._is_time_of_last_call(current, one_tensor)
         else:
             current, again = of_loop, of_loop is self._time
         if not again and told is None:
@@ -76,12 +78,13 @@ class Denoising:
             self._failed_at = current
         return None if current is self._failed_at else current
 
-    def _is_time_of_last_call(self, current: Tensor) -> bool:
+    def _is_time_of_last_call(self, current: Tensor, one_tensor: bool) -> bool:
         """Whether a timestep, not the loop's own, is that of the last call. One host sync.
 
-        Guidance calls may bring one tensor, or each its own; of runs of one step each is new.
+        Guidance calls may bring one tensor, or each its own, which in runs of one step is a new
+        run.
         """
-        if self._time is None or self._steps_in_all() == 1:
+        if self._time is None or (self._steps_in_all() == 1 and not one_tensor):
             return False
         return float(current.max()) == float(self._time.max())
 
