@@ -33,9 +33,10 @@ app = typer.Typer(
 )
 
 
-def in_64_bits(seeds: list[int] | int | None) -> list[int] | int | None:
+def in_64_bits(seeds: list[int] | int | None) -> list[int] | int:
     """One seed or several, of which torch takes no larger ones."""
-    for seed in [seeds] if isinstance(seeds, int) else seeds or []:
+    seeds = [] if seeds is None else seeds  # older versions of typer count them afterwards
+    for seed in [seeds] if isinstance(seeds, int) else seeds:
         if not -(2**63) <= seed < 2**64:
             raise typer.BadParameter(f"a seed has at most 64 bits, got {seed}")
     return seeds
