@@ -413,10 +413,12 @@ def block_sparse_fwd(
     def run(tile: Tile) -> None:
         if tile.gluon:
             from .hopper_fwd import hopper_fwd
+            from .hopper_specialized_fwd import hopper_specialized_fwd
 
-            lists = kv_num_blocks, kv_indices
-            options = {"block_size": block_size, "scale": scale, "order": order, "tile": tile}
-            return hopper_fwd(query, key, value, *lists, out, lse, **options)
+            given = query, key, value, kv_num_blocks, kv_indices, out, lse
+            if (tile.rows, tile.columns) == (128, 128):
+                return hopper_specialized_fwd(*given, scale=scale, order=order, tile=tile)
+            return hopper_fwd(*given, block_size=block_size, scale=scale, order=order, tile=tile)
         rows, columns = tile.rows, tile.columns
         block_sparse_fwd_kernel[(q_blocks * (block_q // rows) * heads * batch,)](
             q=describe(query, rows) if descriptors else query,

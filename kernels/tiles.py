@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
-    gluon: bool = False  # hopper_fwd instead of Triton; one whole kv block a tile
+    gluon: bool = False  # instead of Triton; one whole kv block a tile
 
     def within(self, block_size: tuple[int, int]) -> "Tile":
         rows, columns = min(self.rows, block_size[0]), min(self.columns, block_size[1])
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     def smaller(self) -> "Tile | None":
         """The next tile to try where this one needs more than the GPU has."""
         if self.gluon:
-            return self._replace(gluon=False)
+            return Tile(self.rows, min(self.columns, 64), 4, self.num_stages)
         if self.num_stages > 1:
             return self._replace(num_stages=self.num_stages - 1)
         if self.columns > 16:
@@ -55,13 +55,18 @@ FLOAT32 = {
     256: [Tile(16, 32, 8, 1)],
 }
 FORWARD = {
-    # What won on an H100 (docs/log.md). Two stages of 128x64 leave room for a second program on
-    # each multiprocessor, whose matrix products run beside the softmax of the first.
+    # What won on an H100 and an H200 (docs/log.md). Two stages of 128x64 leave room for a second
+    # program on each multiprocessor, whose matrix products run beside the softmax of the first.
     ("hopper", "descriptor"): {
         16: [Tile(128, 64, 4, 3)],
         32: [Tile(128, 64, 4, 3)],
         64: [Tile(64, 128, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(128, 64, 4, 3)],
-        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 3)],
+        128: [
+            Tile(128, 128, 8, 2, True),
+            Tile(128, 64, 4, 2),
+            Tile(64, 64, 4, 2, True),
+            Tile(64, 64, 4, 3),
+        ],
         256: [Tile(64, 64, 4, 2)],
     },
     ("other", "pointer"): {

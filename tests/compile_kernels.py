@@ -32,7 +32,8 @@ from dit_sparse.kernels.select_rows import select_rows, work_order
 from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 from dit_sparse.kernels.top_k import top_k  # noqa: E402
 
-GLUON_TILES = [tiles.Tile(128, 128, 8, 2, True), tiles.Tile(64, 64, 4, 2, True)]
+GLUON_TILES = [tiles.Tile(128, 128, 8, 2, True), tiles.Tile(128, 128, 8, 3, True)]
+GLUON_TILES += [tiles.Tile(64, 64, 4, 2, True)]
 GLUON_TILES += [tiles.Tile(128, 64, 8, 2, True), tiles.Tile(64, 128, 4, 2, True)]
 
 
@@ -134,7 +135,7 @@ def gluon_launches():
             counts = torch.zeros(1, 2, 512 // size[0], dtype=torch.int32)
             indices = torch.zeros(1, 2, 512 // size[0], 8, dtype=torch.int16)
             yield (
-                f"gluon d{head_dim} {size}",
+                f"gluon d{head_dim} {tile[:4]}",
                 lambda x=x, c=counts, i=indices, s=size, t=tile: block_sparse_fwd(
                     x, x, x, c, i, block_size=s, order=c.flatten(), tile=t
                 ),

@@ -10,15 +10,21 @@ are as late, or as early, as those of a GPU may be, so that a missing wait shows
 What it cannot see: layouts, registers, races between warps, the times of anything.
 """
 
+import inspect
 import itertools
+import random
+import threading
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+PATIENCE = 2000  # turns that a warp group waits before it is thought to wait for ever
 
 
 class Values(Tensor):
@@ -27,6 +33,15 @@ class Values(Tensor):
     @property
     def type(self) -> Any:
         return types.SimpleNamespace(layout=None)
+
+    def __iadd__(self, other: Any) -> "Values":
+        return self + other  # names are bound anew, nothing changes in place
+
+    def store(self, x: Tensor) -> None:
+        self.copy_(x)
+
+    def load(self, _: Any) -> "Values":
+        return self.clone()
 
 
 def values(x: Any, dtype: torch.dtype | None = None) -> Values:
@@ -44,10 +59,53 @@ class Pointer:
 
 
 class Barrier:
-    """Flips when the one copy that it expects has arrived."""
+    """Flips when all have arrived, and the copies that it expects."""
 
     def __init__(self):
-        self.phases, self.expected, self.arriving = 0, 0, deque()
+        self.phases, self.arrived, self.count, self.copies = 0, 0, 0, deque()
+
+    def arrive(self, count: int = 1) -> None:
+        self.arrived += count
+        assert self.arrived <= self.count, "a second arrival, and nobody took the first"
+        self.flip()
+
+    def flip(self) -> None:
+        if self.arrived == self.count and not self.copies:
+            self.phases, self.arrived = self.phases + 1, 0
+
+
+class Tasks:
+    """Warp groups that run in turns: who waits, or arrives, lets another go on, drawn by lot."""
+
+    def __init__(self, functions: list[Callable[[], None]], seed: int):
+        self.random, self.error, self.steps = random.Random(seed), None, 0
+        self.left = [threading.Thread(target=self.run, args=(f,)) for f in functions]
+        self.go = {thread: threading.Semaphore(0) for thread in self.left}
+        self.back = threading.Semaphore(0)
+
+    def run(self, function: Callable[[], None]) -> None:
+        self.go[threading.current_thread()].acquire()
+        try:
+            function()
+        except BaseException as error:
+            self.error = self.error or error
+        self.left.remove(threading.current_thread())
+        self.back.release()
+
+    def pause(self) -> None:
+        self.back.release()
+        self.go[threading.current_thread()].acquire()
+        if self.error:
+            raise SystemExit
+
+    def finish(self) -> None:
+        for thread in self.left:
+            thread.start()
+        while self.left:
+            self.go[self.random.choice(self.left)].release()
+            self.back.acquire()
+        if self.error:
+            raise self.error
 
 
 class Product:
@@ -68,9 +126,9 @@ class Product:
 class Buffers(list):
     """Shared memory by its first axis."""
 
-    def __init__(self, items: list, shape: list[int]):
+    def __init__(self, items: list, shape: list[int], dtype: torch.dtype):
         super().__init__(items)
-        self.shape = shape
+        self.shape, self.dtype = shape, dtype
 
     def index(self, i: Any) -> Any:
         return self[int(i)]
@@ -82,30 +140,36 @@ class Tiles:
     def __init__(self, of: Any):
         self.of, self.dtype, self.layout = of, of.base.dtype, None
         size = of.base.element_size() * torch.Size(of.block_shape).numel()
-        self.block_type = types.SimpleNamespace(nbytes=size)
+        self.block_type = types.SimpleNamespace(nbytes=size, shape=of.block_shape)
         self.whole = of.base.as_strided(of.shape, of.strides)
+
+    def inside(self, start: list) -> tuple[Tensor, tuple[slice, ...]]:
+        """The part of the tensor under a tile, and where in the tile it lies."""
+        begins = [int(begin) for begin in start]
+        ends = [min(b + n, size) for b, n, size in zip(begins, self.of.block_shape, self.of.shape)]
+        sizes = [max(end - begin, 0) for begin, end in zip(begins, ends)]
+        part = self.whole[tuple(slice(b, b + n) for b, n in zip(begins, sizes))]
+        return part, tuple(slice(n) for n in sizes)
 
     def read(self, start: list) -> Tensor:
         tile = torch.zeros(self.of.block_shape, dtype=self.dtype)
-        begins = [int(s) for s in start]
-        sizes = [
-            max(min(n, b), 0)
-            for n, b in zip(
-                [total - begin for total, begin in zip(self.of.shape, begins)], self.of.block_shape
-            )
-        ]
-        part = self.whole[tuple(slice(b, b + s) for b, s in zip(begins, sizes))]
-        tile[tuple(slice(0, s) for s in sizes)] = part
+        part, place = self.inside(start)
+        tile[place] = part
         return tile
+
+    def write(self, start: list, tile: Tensor) -> None:
+        part, place = self.inside(start)
+        part.copy_(tile[place])
 
 
 class Language:
     """`gl` of one program. Layouts are nothing here."""
 
-    float32, int32, int64, constexpr = torch.float32, torch.int32, torch.int64, None
+    float32, int32, int64 = torch.float32, torch.int32, torch.int64
 
-    def __init__(self, program: tuple[int, ...]):
-        self.program, self.barriers = program, []
+    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...]):
+        self.program, self.grid, self.barriers = program, grid, []
+        self.tasks: Tasks | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
@@ -114,6 +178,27 @@ class Language:
 
     def program_id(self, axis: int) -> Values:
         return values(self.program[axis] if axis < len(self.program) else 0)
+
+    def num_programs(self, axis: int) -> int:
+        return self.grid[axis]
+
+    def warp_specialize(self, tasks: list[tuple], warps: list[int], registers: list[int]) -> None:
+        calls = [partial(function, *arguments) for function, arguments in tasks]
+        self.tasks = Tasks(calls, seed=sum(self.program))
+        self.tasks.finish()
+        self.tasks = None
+
+    def pause(self) -> None:
+        if self.tasks is not None:
+            self.tasks.pause()
+
+    def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Values:
+        before = self.load(pointer).clone()
+        pointer.storage[int(pointer.offset)] += value
+        return before
+
+    def to_tensor(self, x: int) -> Values:
+        return values(x)
 
     def static_range(self, *args: int) -> range:
         return range(*args)
@@ -140,8 +225,9 @@ class Language:
         if dtype == torch.int64:
             barriers = [Barrier() for _ in range(shape[0])]
             self.barriers += barriers
-            return Buffers(barriers, shape)
-        return Buffers(list(torch.full(shape, torch.nan, dtype=dtype)), shape)
+            return Buffers(barriers, shape, dtype)
+        filled = torch.full(shape, torch.nan if dtype.is_floating_point else -99, dtype=dtype)
+        return Buffers(list(values(filled)), shape, dtype)
 
     def where(self, condition: Any, a: Any, b: Any) -> Values:
         return torch.where(values(condition), values(a), values(b))
@@ -176,24 +262,35 @@ class Barriers:
 
     MBarrierLayout = staticmethod(lambda: None)
 
-    @staticmethod
-    def init(barrier: Barrier, count: int) -> None:
-        assert count == 1
+    def __init__(self, language: Language):
+        self.language = language
 
-    @staticmethod
-    def expect(barrier: Barrier, _: int, pred: Any = True) -> None:
+    def init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = count
+
+    def expect(self, barrier: Barrier, _: int, pred: Any = True) -> None:
         if pred:
-            assert barrier.expected == barrier.phases, "a second copy, and nobody took the first"
-            barrier.expected += 1
+            barrier.arrived += 1  # flips no sooner than the copy comes
+            assert barrier.arrived <= barrier.count, "a second copy, and nobody took the first"
 
-    @staticmethod
-    def wait(barrier: Barrier, phase: Any) -> None:
-        if barrier.phases % 2 == phase:
-            assert barrier.arriving, "waits for ever"
-            buffer, tile = barrier.arriving.popleft()
-            buffer.copy_(tile)
-            barrier.phases += 1
-            assert barrier.phases == barrier.expected
+    def arrive(self, barrier: Barrier, count: int, pred: Any = True) -> None:
+        if pred:
+            barrier.arrive(count)
+            self.language.pause()
+
+    def wait(self, barrier: Barrier, phase: Any) -> None:
+        self.language.pause()
+        for _ in range(PATIENCE):
+            while barrier.copies and barrier.phases % 2 == phase:
+                buffer, tile = barrier.copies.popleft()
+                buffer.copy_(tile)
+                barrier.flip()
+            if barrier.phases % 2 != phase:
+                return
+            if self.language.tasks is None:
+                break
+            self.language.pause()
+        raise AssertionError("waits for ever")
 
 
 def copy_tile(
@@ -201,24 +298,44 @@ def copy_tile(
 ) -> None:
     if pred:
         buffer.fill_(torch.nan)
-        barrier.arriving.append((buffer, tensor.read(start)))
+        barrier.copies.append((buffer, tensor.read(start)))
+
+
+class Stores:
+    """Copies from buffers; they read them when they are waited for."""
+
+    def __init__(self):
+        self.started: list[tuple] = []
+
+    def start(self, tensor: Tiles, start: list, buffer: Tensor) -> None:
+        self.started.append((threading.get_ident(), tensor, start, buffer, buffer.clone()))
+
+    def store_wait(self, left: int) -> None:
+        mine = [store for store in self.started if store[0] == threading.get_ident()]
+        for store in mine[: len(mine) - left]:
+            _, tensor, start, buffer, before = store
+            assert torch.equal(buffer, before), "a buffer was overwritten before it was stored"
+            tensor.write(start, buffer)
+            self.started.remove(store)
 
 
 class ProductsInFlight:
+    """Of each warp group its own, in the order of their start."""
+
     def __init__(self):
-        self.started: list[Product] = []
+        self.started: dict[int, list[Product]] = defaultdict(list)
 
     def start(
         self, a: Tensor, b: Tensor, acc: Tensor, use_acc: bool = True, is_async: bool = False
     ) -> Product:
         product = Product(a, b, acc if use_acc else None)
-        self.started.append(product)
+        self.started[threading.get_ident()].append(product)
         return product
 
     def wait(self, left: int, deps: tuple[Product, ...]) -> Values:
-        (product,) = deps
-        assert product not in self.started[len(self.started) - left :], "not waited for"
-        self.started = self.started[len(self.started) - left :]
+        (product,), mine = deps, self.started[threading.get_ident()]
+        del mine[: len(mine) - left]
+        assert product not in mine, "not waited for"
         return product.result()
 
 
@@ -227,25 +344,30 @@ class Emulated:
 
     def __init__(self, module: types.ModuleType, name: str):
         self.name, self.known = name, dict(vars(module))
+        self.parameters = inspect.signature(self.known[name].fn).parameters
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def run(**arguments: Any) -> None:
             given = {key: argument(value) for key, value in arguments.items()}
+            for compiled in {"num_warps", "maxnreg"} - set(self.parameters):
+                given.pop(compiled, None)
             for program in itertools.product(*(range(size) for size in grid)):
-                language = Language(program)
-                self.kernel(language)(**given)
-                waited = not any(barrier.arriving for barrier in language.barriers)
-                assert waited, "ends before a copy has come"
+                language, stores = Language(program, grid), Stores()
+                self.kernel(language, stores)(**given)
+                waiting = [copy for barrier in language.barriers for copy in barrier.copies]
+                assert not waiting + stores.started, "ends before a copy is done"
 
         return run
 
-    def kernel(self, language: Language) -> Callable:
+    def kernel(self, language: Language, stores: Stores) -> Callable:
         """The Python function, with what it calls."""
         products = ProductsInFlight()
         known = self.known | {
             "gl": language,
-            "mbarrier": Barriers,
+            "mbarrier": Barriers(language),
             "copy_tile": copy_tile,
+            "store_tile": stores.start,
+            "tma": stores,
             "fence_async_shared": lambda: None,
             "warpgroup_mma": products.start,
             "warpgroup_mma_wait": products.wait,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from gluon_on_cpu import Emulated  # noqa: E402
 
-from dit_sparse.kernels import hopper_fwd  # noqa: E402
+from dit_sparse.kernels import hopper_fwd, hopper_specialized_fwd  # noqa: E402
 
 SERVED = [case for case in CASES if gluon_tile(case)]
 
@@ -29,7 +30,21 @@ def run(monkeypatch, case, module=hopper_fwd):
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_hopper_fwd_is_as_exact_as_math_attention(monkeypatch, case):
+    monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd", in_blocks_of_128)
     run(monkeypatch, case)
+
+
+def in_blocks_of_128(*tensors, **options):
+    hopper_fwd.hopper_fwd(*tensors, block_size=(128, 128), **options)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_warp_groups_of_their_own_are_as_exact(monkeypatch, case, stages):
+    kernel = Emulated(hopper_specialized_fwd, "hopper_specialized_fwd_kernel")
+    monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd_kernel", kernel)
+    case = replace(case, block_size=(128, 128))
+    check_attention(case, "cpu", gluon_tile(case)._replace(num_stages=stages))
 
 
 LOAD_K = "        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)\n"

@@ -6,7 +6,7 @@ need the long range at all; some hundred steps of training.
 Departures, and where that is silent:
 
 - Nothing is trained: the 16 dimensions are those in which Q K^T of the call itself is best
-  approximated (singular vectors of the roots of Q^T Q and K^T K).
+  approximated (from the root of Q^T Q and the eigenvectors of A K^T K A, A that root).
 - All heads are treated alike. Scores are softmaxed and summed into blocks, and each row keeps the
   fewest that hold `share`; `density` is the most that a row keeps.
 - Text, own and conditioning blocks are kept and count towards the share.
@@ -56,26 +56,32 @@ class RTPurbo(SparseConfig):
 def principal_mass(search: Search, block_size: int, dimensions: int) -> Scores:
     """Block mass from the best approximation of Q K^T of so few dimensions, in each head.
 
-    With the roots A of Q^T Q and B of K^T K and A B = U S V^T, it is Q A^-1 U S V^T B^-1 K^T, cut
-    to the largest S. Cost: Q^T Q, K^T K, two projections and two passes over the dimensions.
+    With the root A of Q^T Q and the eigenvectors U and values S^2 of A K^T K A, Q A^-1 holds
+    orthonormal columns and Q K^T = (Q A^-1 U) (K A U)^T, whose dimensions add S^2 each to its
+    squared norm: those of the largest are kept. Cost: Q^T Q, K^T K, two projections and two passes
+    over the dimensions.
     """
     tokens, dim = search.grid.tokens, search.query.shape[-1]
     dimensions = min(dimensions, dim)
     query, key = (x.transpose(1, 2).float() for x in (search.query, search.key))
-    (root_q, inverse_q), (root_k, inverse_k) = (root(x.mT @ x) for x in (query, key))
-    left, sizes, right = torch.linalg.svd(root_q @ root_k)
-    halves = sizes.sqrt().unsqueeze(-2)  # on either side: all of it may be too much for float16
-    project_q = inverse_q @ (left * halves)[..., :dimensions]
-    project_k = inverse_k @ (right.mT * halves)[..., :dimensions]
+    root, inverse = root_of(query.mT @ query)
+    squares, directions = torch.linalg.eigh(root @ (key.mT @ key) @ root)  # ascending
+    directions = directions[..., -dimensions:]
+    # On either side the root of S: all of it may be too much for float16.
+    least = (squares[..., -1:] * 1e-6).clamp_min(1e-30)
+    half = squares[..., -dimensions:].maximum(least).unsqueeze(-2) ** 0.25
     few_q, few_k = (
-        (x @ y).transpose(1, 2).to(search.query.dtype)
-        for x, y in ((query, project_q), (key, project_k))
+        (x @ project).transpose(1, 2).to(search.query.dtype)
+        for x, project in (
+            (query, inverse @ directions * half),
+            (key, root @ directions / half),
+        )
     )
     scores = mass_of_rows(search, few_q, few_k, block_size, block_size)
     return scores, dim / tokens + dimensions / tokens + dimensions / dim
 
 
-def root(gram: Tensor) -> tuple[Tensor, Tensor]:
+def root_of(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The root of a positive matrix and its inverse; directions without length have inverse 0."""
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
