@@ -364,6 +364,7 @@ def tasks(bench: Bench, shape: Shape, options) -> list[list]:
     every = [
         [shape.name, *size, kind, density, options.sweep, bench.engines]
         for size in SIZES
+        if size[0] in options.block
         for kind in options.mask
         for density in options.density
     ]
@@ -585,6 +586,7 @@ def main() -> None:
     add("--shape", action="append", choices=[shape.name for shape in SHAPES])
     add("--mask", action="append", choices=KINDS)
     add("--density", action="append", type=float)
+    add("--block", action="append", type=int, choices=(128, 64), help="blocks of attention")
     add("--engine", action="append", help='only these ("triton fp8", say), beside the dense ones')
     add("--sweep", action="store_true", help="time candidate tiles too")
     add("--skip-cases", action="store_true", help="do not run the correctness cases again")
@@ -595,6 +597,7 @@ def main() -> None:
     add("--commit", help="commit to record where there is no git")
     options = parser.parse_args()
     options.mask, options.density = options.mask or KINDS, options.density or DENSITIES
+    options.block = options.block or (128, 64)
     if options.fa4:
         sys.path[:0] = folders_of_fa4(options.fa4)
     if not torch.cuda.is_available():
