@@ -484,8 +484,7 @@ def search_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor, swe
         def sampled(rows=rows, size=size):
             return sampled_mass.sampled_mass(rows.contiguous(), k, size[0] // 8, size[1])
 
-        within = dict.fromkeys(tile.within((128, size[1])) for tile in tiles)
-        with_tiles(bench, shape, "sampled_mass", sampled_mass, within, sampled, flops / 4, **block)
+        with_tiles(bench, shape, "sampled_mass", sampled_mass, tiles, sampled, flops / 8, **block)
         bench.add(shape.name, "block_pool", lambda s=size: block_pool(q, s[0]), **block)
         tail_rows(bench, shape, q, k, v, size, tiles)
         blocks = -(-shape.tokens // size[0])

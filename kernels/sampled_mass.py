@@ -2,12 +2,16 @@
 
     mass[n, m] = sum of exp(scale * q[i] . k[j] - lse[i]),   i sampled in q block n, j in kv block m
 
-The rows take their LSE from a first pass over the keys, so that no dense attention has to run
-before; a second pass sums. With one row in eight the two passes cost an eighth of dense attention.
+No dense attention has to run before, and keys are read once: for each row and kv block a program
+keeps log2 of the sum of exponentials in a scratch buffer, which it turns into mass when the row's
+log-sum-exp is known. With one row in eight that is a sixteenth of dense attention's products.
 
-Launch grid: (tiles of sampled rows, heads, batch). A tile holds the rows of several q blocks, so
-that the matrix units are full.
+Launch grid: two programs for each multiprocessor, each with a part of the scratch buffer; they
+share the tiles of sampled rows. A tile holds the rows of several q blocks, so that the matrix units
+are full.
 """
+
+import functools
 
 import torch
 import triton
@@ -22,7 +26,6 @@ from .dot import (
     describe,
     load_path,
     load_tile,
-    online_softmax,
     padded_head_dim,
     tile_scores,
 )
@@ -30,80 +33,123 @@ from .tiles import SAMPLED, Tile, launch, tile_for
 
 
 @triton.jit
-def sums_of_groups(scores, scale_log2, lse_log2, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    probs = tl.exp2(tl.fma(scores, scale_log2, -lse_log2[:, None]))
-    return tl.sum(tl.sum(probs, 1).reshape(ROWS // GROUP, GROUP), 1)  # (ROWS // GROUP,)
+def tile_parts(
+    q,
+    k,
+    k_strides,
+    batch,
+    head,
+    start,
+    kv_len,
+    scale_log2,
+    running_max,
+    running_sum,
+    parts_ptr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    # Stores log2 of the sums over the spans of one tile; the new maximum and sum of all so far.
+    scores = tile_scores(
+        q, k, k_strides, batch, head, start, kv_len,
+        HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, MASKED,
+    )  # fmt: skip
+    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)  # (ROWS,)
+    probs = tl.exp2(tl.fma(scores, scale_log2, -new_max[:, None]))
+    sums = tl.sum(probs.reshape(ROWS, COLUMNS // SPAN, SPAN), 2)
+    rows, spans = tl.arange(0, ROWS), start // SPAN + tl.arange(0, COLUMNS // SPAN)
+    tl.store(
+        parts_ptr + spans[None, :] * ROWS + rows[:, None],
+        tl.log2(sums) + new_max[:, None],
+        mask=(spans * SPAN < kv_len)[None, :],
+    )
+    return new_max, running_sum * tl.exp2(running_max - new_max) + tl.sum(sums, 1)
 
 
-@triton.jit(do_not_specialize=["rows", "kv_len", "groups"])
+@triton.jit(do_not_specialize=["rows", "kv_len", "groups", "spans", "heads", "tiles", "total"])
 def sampled_mass_kernel(
     q,
     k,
     mass_ptr,
+    parts_ptr,
     q_strides,
     k_strides,
     mass_strides,
     rows,
     kv_len,
     groups,
+    spans,
+    heads,
+    tiles,
+    total,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHUNK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    tile_index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = tile_index * ROWS
-    q_tile = load_tile(
-        q, q_strides, batch, head, first, rows, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
-    )
+    parts_ptr += tl.program_id(0).to(tl.int64) * spans * ROWS  # (spans, ROWS)
     full_tiles = kv_len // COLUMNS
-
-    running_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    running_sum = tl.zeros((ROWS,), tl.float32)
-    for tile in tl.range(0, full_tiles):
-        scores = tile_scores(
-            q_tile, k, k_strides, batch, head, tile * COLUMNS, kv_len,
-            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, False,
-        )  # fmt: skip
-        _, _, running_max, running_sum = online_softmax(
-            scores, scale_log2, running_max, running_sum
+    for work in range(tl.program_id(0), total, tl.num_programs(0)):
+        tile_index, head, batch = work % tiles, work // tiles % heads, work // tiles // heads
+        first = tile_index * ROWS
+        q_tile = load_tile(
+            q, q_strides, batch, head, first, rows, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
         )
-    if kv_len % COLUMNS > 0:
-        scores = tile_scores(
-            q_tile, k, k_strides, batch, head, full_tiles * COLUMNS, kv_len,
-            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True,
-        )  # fmt: skip
-        _, _, running_max, running_sum = online_softmax(
-            scores, scale_log2, running_max, running_sum
-        )
-    # A row that does not exist has no mass: exp2(x - inf) = 0.
-    exists = first + tl.arange(0, ROWS) < rows
-    lse_log2 = tl.where(exists, running_max + tl.log2(running_sum), float("inf"))  # (ROWS,)
+        running_max = tl.full((ROWS,), float("-inf"), tl.float32)
+        running_sum = tl.zeros((ROWS,), tl.float32)
+        for tile in tl.range(0, full_tiles):
+            running_max, running_sum = tile_parts(
+                q_tile, k, k_strides, batch, head, tile * COLUMNS, kv_len, scale_log2,
+                running_max, running_sum, parts_ptr,
+                HEAD_DIM, BLOCK_D, ROWS, COLUMNS, SPAN, DESCRIPTORS, False,
+            )  # fmt: skip
+        if kv_len % COLUMNS > 0:
+            running_max, running_sum = tile_parts(
+                q_tile, k, k_strides, batch, head, full_tiles * COLUMNS, kv_len, scale_log2,
+                running_max, running_sum, parts_ptr,
+                HEAD_DIM, BLOCK_D, ROWS, COLUMNS, SPAN, DESCRIPTORS, True,
+            )  # fmt: skip
+        # A row that does not exist has no mass: exp2(x - inf) = 0.
+        exists = first + tl.arange(0, ROWS) < rows
+        lse_log2 = tl.where(exists, running_max + tl.log2(running_sum), float("inf"))  # (ROWS,)
 
-    group = tile_index * (ROWS // GROUP) + tl.arange(0, ROWS // GROUP)
-    mass_rows = (
-        mass_ptr
-        + batch.to(tl.int64) * mass_strides[0]
-        + head.to(tl.int64) * mass_strides[1]
-        + group.to(tl.int64) * mass_strides[2]
-    )
-    for tile in tl.range(0, full_tiles):
-        scores = tile_scores(
-            q_tile, k, k_strides, batch, head, tile * COLUMNS, kv_len,
-            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, False,
-        )  # fmt: skip
-        sums = sums_of_groups(scores, scale_log2, lse_log2, ROWS, GROUP)
-        tl.store(mass_rows + tile, sums, mask=group < groups)
-    if kv_len % COLUMNS > 0:
-        scores = tile_scores(
-            q_tile, k, k_strides, batch, head, full_tiles * COLUMNS, kv_len,
-            HEAD_DIM, BLOCK_D, COLUMNS, DESCRIPTORS, True,
-        )  # fmt: skip
-        sums = sums_of_groups(scores, scale_log2, lse_log2, ROWS, GROUP)
-        tl.store(mass_rows + full_tiles, sums, mask=group < groups)
+        group = tile_index * (ROWS // GROUP) + tl.arange(0, ROWS // GROUP)
+        mass_rows = (
+            mass_ptr
+            + batch.to(tl.int64) * mass_strides[0]
+            + head.to(tl.int64) * mass_strides[1]
+            + group.to(tl.int64) * mass_strides[2]
+        )
+        tl.debug_barrier()  # other threads wrote what a thread reads now
+        for start in tl.range(0, spans, CHUNK):
+            columns = start + tl.arange(0, CHUNK)
+            parts = tl.load(
+                parts_ptr + columns[:, None] * ROWS + tl.arange(0, ROWS)[None, :],
+                mask=(columns < spans)[:, None],
+                other=float("-inf"),
+            )  # (CHUNK, ROWS)
+            probs = tl.exp2(parts - lse_log2[None, :])
+            sums = tl.sum(probs.reshape(CHUNK, ROWS // GROUP, GROUP), 2)
+            stored = (columns < spans)[:, None] & (group < groups)[None, :]
+            tl.store(mass_rows[None, :] + columns[:, None], sums, mask=stored)
+        tl.debug_barrier()  # the next tile writes there
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs share the tiles; in the interpreter a few."""
+    if device.type != "cuda":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sampled_mass(
@@ -145,30 +191,41 @@ def sampled_mass(
 
     def run(tile: Tile) -> None:
         nonlocal mass
-        group = min(rows_per_block, tile.rows)  # a q block of more rows is summed afterwards
-        groups, parts = q_blocks * (rows_per_block // group), block_size // tile.columns
-        tiles = triton.cdiv(rows, tile.rows)
-        whole = tiles * (tile.rows // group) >= groups and parts == 1
+        # Parts of a block are summed afterwards.
+        group, span = min(rows_per_block, tile.rows), min(block_size, tile.columns)
+        groups, parts = q_blocks * (rows_per_block // group), block_size // span
+        spans, tiles = triton.cdiv(kv_len, span), triton.cdiv(rows, tile.rows)
+        whole = tiles * (tile.rows // group) >= groups and spans == kv_blocks * parts
         # What no tile covers must read 0 in the sum.
         allocate = torch.empty if whole else torch.zeros
         shape = batch, heads, groups, kv_blocks * parts
         mass = allocate(shape, dtype=torch.float32, device=query.device)
-        sampled_mass_kernel[(tiles, heads, batch)](
+        total = tiles * heads * batch
+        slots = min(total, programs(query.device))
+        scratch = query.new_empty((slots, spans, tile.rows), dtype=torch.float32)
+        sampled_mass_kernel[(slots,)](
             q=describe(query, tile.rows) if descriptors else query,
             k=describe(key, tile.columns) if descriptors else key,
             mass_ptr=mass,
+            parts_ptr=scratch,
             q_strides=query.stride(),
             k_strides=key.stride(),
             mass_strides=mass.stride(),
             rows=rows,
             kv_len=kv_len,
             groups=groups,
+            spans=spans,
+            heads=heads,
+            tiles=tiles,
+            total=total,
             scale_log2=scale * LOG2_E,
             HEAD_DIM=head_dim,
             BLOCK_D=dim,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             GROUP=group,
+            SPAN=span,
+            CHUNK=32,
             DESCRIPTORS=descriptors,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -176,7 +233,7 @@ def sampled_mass(
 
     key_of = ("sampled_mass", query.device, query.dtype, dim, block_size, rows_per_block)
     with torch.cuda.device_of(query):
-        launch(key_of, tile_for(SAMPLED, query.device, path, dim, (128, block_size)), run)
+        launch(key_of, tile_for(SAMPLED, query.device, path, dim, (128, 128)), run)
     if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
     return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dot
-from .top_k import MAX_BLOCKS, best_blocks
+from .top_k import MAX_BLOCKS, best_blocks, warps_of_row
 
 CHUNK = 128  # rows at once where they are summed or ranked
 
@@ -167,7 +167,7 @@ def select_rows(
             last_tokens=last_tokens,
             block_tokens=block_size,
             BLOCKS=width,
-            num_warps=4 if width <= 4096 else 8,
+            num_warps=warps_of_row(width),
         )
 
     with torch.cuda.device_of(scores):

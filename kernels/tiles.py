@@ -139,10 +139,10 @@ SEARCH_CANDIDATES = [
 ]
 MASS = {
     ("hopper", "descriptor"): {
-        16: [Tile(128, 128, 8, 3)],
-        32: [Tile(128, 128, 8, 3)],
-        64: [Tile(128, 128, 8, 3)],
-        128: [Tile(128, 128, 8, 2)],
+        16: [Tile(128, 64, 4, 3)],
+        32: [Tile(128, 64, 4, 3)],
+        64: [Tile(128, 64, 4, 3)],
+        128: [Tile(64, 64, 4, 1)],
         256: [Tile(64, 64, 4, 2)],
     },
     ("other", "pointer"): {
@@ -157,10 +157,10 @@ MASS = {
 
 SAMPLED = {  # rows are sampled ones, of several blocks
     ("hopper", "descriptor"): {
-        16: [Tile(128, 128, 8, 3)],
-        32: [Tile(128, 128, 8, 3)],
-        64: [Tile(128, 128, 8, 3)],
-        128: [Tile(128, 128, 8, 2)],
+        16: [Tile(128, 64, 4, 3)],
+        32: [Tile(128, 64, 4, 3)],
+        64: [Tile(128, 64, 4, 3)],
+        128: [Tile(128, 128, 8, 3)],
         256: [Tile(64, 64, 4, 2)],
     },
     ("other", "pointer"): {

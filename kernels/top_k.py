@@ -38,6 +38,11 @@ def best_blocks(score, forced, exists, kept):
     return above | ((tied != 0) & (tl.cumsum(tied, 0) <= room)) | forced
 
 
+def warps_of_row(width: int) -> int:
+    """One where it holds the row: each of 32 counts of several would wait at a barrier."""
+    return max(1, min(8, width // 512))
+
+
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def top_k_kernel(
     scores_ptr,
@@ -98,6 +103,6 @@ def top_k(scores: Tensor, kept: Tensor, forced: Tensor) -> Tensor:
             blocks=blocks,
             heads=heads,
             BLOCKS=width,
-            num_warps=4 if width <= 4096 else 8,
+            num_warps=warps_of_row(width),
         )
     return mask

@@ -150,13 +150,22 @@ def test_block_pool_averages_valid_tokens(case):
     check_pool(case, DEVICE)
 
 
-@by_name("d64-bf16", "d40-bf16", "d64-fp32", "block-64-128", "shorter-than-a-block", "transposed")
-def test_sampled_mass(case):
+@by_name(
+    "d64-bf16", "d128-fp16", "d40-bf16", "d64-fp32", "block-64-128", "block-32-32",
+    "shorter-than-a-block", "transposed",
+)  # fmt: skip
+def test_sampled_mass(case, path):
+    if path == "descriptor" and case.dtype == FP32:
+        pytest.skip("float32 has one path")
     check_sampled(case, DEVICE)
 
 
 def test_sampled_mass_of_more_rows_a_block_than_a_tile_has():
     check_sampled(Case("", dtype=FP32, head_dim=256, q_len=530, block_size=(128, 64)), DEVICE)
+
+
+def test_sampled_mass_of_more_blocks_than_are_summed_at_once():
+    check_sampled(Case("", q_len=64, kv_len=1100, block_size=(64, 32)), DEVICE)
 
 
 @pytest.mark.parametrize("blocks", [1, 19, 77])

@@ -1,8 +1,8 @@
 """AdaSpa's rule on sampled rows: what a search costs when it needs no log-sum-exp.
 
-Not of the paper: 8 query rows of each 64 stand for their block. They take their log-sum-exp from a
-pass of their own, so that no step has to run dense for a search and none is kept between steps;
-two passes over an eighth of the rows cost 0.125 of dense attention where the exact mass costs 0.5.
+Not of the paper: 8 query rows of each 64 stand for their block. They find their log-sum-exp
+themselves, so that no step has to run dense for a search and none is kept between steps; an eighth
+of the rows counts as 0.125 of dense attention where the exact mass costs 0.5.
 Everything else is AdaSpa (arXiv 2502.21079, `adaspa.py`).
 """
 

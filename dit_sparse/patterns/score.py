@@ -69,8 +69,8 @@ def pooled_sums(search: Search, block_size: int, pool: int) -> Scores:
 def sampled_rows(search: Search, block_size: int, every: int = 8, engine: str = "auto") -> Scores:
     """Exact mass of one query row in `every`, the middle one; 8 of each 64 by default.
 
-    The rows take their log-sum-exp from a pass of their own, so that no dense call is needed: two
-    passes over q.k. Cost rows / S.
+    The rows find their log-sum-exp themselves, so that no dense call is needed. Cost rows / S, as
+    of two passes over q.k; the kernel makes one.
     """
     tokens = search.query.shape[1]
     rows = torch.arange(0, tokens, every, device=search.query.device) + every // 2
