@@ -532,6 +532,64 @@ def test_searches():
             assert are(re.findall(NUMBER, told[name][1 + place]), *shares)
 
 
+def test_blocks_of_128_beside_flash_attn_4():
+    rates = {
+        (r["shape"], r["mask"], r["density"], r["engine"]): r["tflops"]
+        for r in result("kernels_h200")["records"]
+        if r.get("block") == [128, 128] and "mask" in r and "tflops" in r
+    }
+    every = []
+    for name, cells in table("docs/log.md", "shape", "random, 0.5 / 0.2 / 0.1").items():
+        shape = SHAPES[name.split(",")[0]] + ("-aligned" if "," in name else "")
+        for masks, cell in zip(("random", "real"), cells, strict=True):
+            cases = [(shape, masks, density) for density in (0.5, 0.2, 0.1)]
+            ratios = [rates[*case, "triton"] / rates[*case, "fa4"] for case in cases]
+            assert are(cell.split(" / "), *ratios)
+            every += ratios
+    told = f"{min(every):.2f} to {max(every):.2f}"
+    assert len(every) == 36 and f"{told} of flash-attn-4" in text("docs/log.md")
+
+
+def test_kernels_that_were_tried():
+    records, page = result("tiles_h200")["records"], text("docs/log.md")
+
+    def shares(run, engine, shape):
+        of = [r for r in records if (r["run"], r["engine"]) == (run, engine)]
+        return [r["ratio_to_dense_best"] for r in of if r["shape"].startswith(shape)]
+
+    def told(found):
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    now = [
+        shares(1, "block_mass (64, 64, 4, 1)", "wan")
+        + shares(1, "block_mass (128, 64, 4, 3)", "cog"),
+        shares(1, "sampled_mass (128, 128, 8, 3)", "wan")
+        + shares(1, "sampled_mass (128, 64, 4, 3)", "cog"),
+    ]
+    then = [
+        shares(0, name, "wan") + shares(0, name, "cog") for name in ("block_mass", "sampled_mass")
+    ]
+    assert [len(found) for found in now + then] == [8] * 4
+    assert "{} and {} of".format(*map(told, now)) in text("docs/performance.md")
+    assert "{} and {}".format(*map(told, then)) in text("docs/performance.md")
+    assert "exact mass is {}, sampled mass {} at Wan".format(*map(told, now)) in page
+
+    def gain(run, ours, other):
+        times = {
+            (r["shape"], r["density"], r["engine"]): r["ms"] for r in records if r["run"] == run
+        }
+        pairs = [key for key in times if key[2] == ours and (*key[:2], other) in times]
+        return told([times[*key[:2], other] / times[key] for key in pairs])
+
+    whole = "(128, 128, 8, 2, True)"
+    assert f"{gain(3, whole, '(128, 64, 4, 2)')} times Triton's 128x64 tile" in page
+    assert f"{gain(3, whole, '(64, 128, 4, 2, True)')} of `hopper_fwd`: not taken" in page
+    assert f"{gain(2, 'specialised, in turns', 'specialised')} of the same without" in page
+    assert f"{gain(2, 'specialised, persistent', 'specialised')} in a process" in page
+    assert f"{gain(3, '(128, 128, 8, 3, True)', whole)}: not taken" in page
+    assert f"{gain(2, 'hopper_fwd, second wait', 'hopper_fwd')}: not taken" in page
+
+
 def test_counters():
     kernels = {"Gluon": "gluon", "Triton": "triton", "flash-attn-4": "fa4", "FP8": "fp8"}
     kernels |= {"tail_fwd": "tail", "block_mass": "mass"}
