@@ -30,6 +30,9 @@ from clip_scenes import (
     write_caption,
 )
 
+FAST = 1.5  # tokens a frame: captions say "slowly" up to 1 and "quickly" from 2 on
+SPEEDS = "slow", "fast"
+
 __all__ = ["BACKGROUNDS", "CAMERAS", "COLOURS", "DIRECTIONS", "SHAPES", "draw_clips", "holdout"]
 __all__ += ["triples", "vocabulary"]
 
@@ -185,10 +188,11 @@ def draw_clips(
 ):  # fmt: skip
     """Draw `count` clips from a CPU `generator`.
 
-    Returns video (B, T, 3, H, W) in [-1, 1], captions, and labels (B, 3) on the CPU: colour,
-    shape and direction of the main object.  `table` lists the triples that may be drawn (default:
-    those not held out), `top_speed` is in tokens a frame; `draw` paints a shape, and captions get
-    an `ending` that names such a way to paint; `odds` go to `roll_scene`.
+    Returns video (B, T, 3, H, W) in [-1, 1], captions, and labels (B, 4) on the CPU: colour,
+    shape, direction and speed of the main object, whose speed is -1 where it stands still.
+    `table` lists the triples that may be drawn (default: those not held out), `top_speed` is in
+    tokens a frame; `draw` paints a shape, and captions get an `ending` that names such a way to
+    paint; `odds` go to `roll_scene`.
     """
     dice = Dice(count, generator)
     table = triples()[len(holdout()) :] if table is None else table
@@ -197,7 +201,8 @@ def draw_clips(
     luck = torch.rand(count, 24, generator=generator).tolist()
     listed = [vars_to_lists(thing) for thing in (main, other, scene)]
     captions = [write_caption(*listed, i, iter(luck[i]).__next__) + ending for i in range(count)]
-    labels = torch.stack([main.colour, main.shape, main.direction], 1)
+    speed = (main.speed >= FAST).long().where(main.speed > 0, -1)
+    labels = torch.stack([main.colour, main.shape, main.direction, speed], 1)
 
     seed = int(torch.randint(2**62, (1,), generator=generator))
     side = 2 * max(height, width)

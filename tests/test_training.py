@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dit_sparse.loading import call_arguments, load_pipeline
 
@@ -134,6 +135,34 @@ def test_with_the_text_masked_a_prompt_says_nothing(module, name):
     first, second = generate()
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     assert first.shape == (3, 3, 32, 32)
+
+
+def test_weights_that_are_kept_stay_as_they_are_beside_what_is_trained(module, tmp_path):
+    check, family = module("prompt_check"), module("train_wan")
+    given, out = SAMPLES / "prompt_checker.safetensors", tmp_path / "checker.safetensors"
+    weights = load_file(given)
+    kept = {name: x for name, x in weights.items() if not name.startswith("speed")}
+    save_file(kept, tmp_path / "kept.safetensors")
+    pipe = load_pipeline(SAMPLES / "wan_tiny", "cpu", torch.float32)
+    options = {"frames": 3, "size": 32, "batch": 2, "keep": tmp_path / "kept.safetensors"}
+    check.train_checker(out, pipe.vae, family, 0.1, log=lambda **values: None, **options)
+    trained = load_file(out)
+    assert set(trained) == set(weights)
+    assert all(torch.equal(trained[name], x) for name, x in kept.items())
+
+
+def test_a_prompt_that_asks_no_speed_is_not_wrong_about_it(module):
+    check = module("prompt_check")
+    wanted = torch.tensor([[0, 1, 2, -1], [0, 1, 2, 1]])
+    assert check.accuracy(wanted.clamp_min(0), wanted)["speed"] == 1
+    assert check.accuracy(wanted.clamp(0, 0), wanted) == dict(
+        zip(check.ATTRIBUTES, (1.0, 0.0, 0.0, 0.0), strict=True)
+    )
+    assert "speed" not in check.accuracy(wanted[:1], wanted[:1])
+    assert check.accuracy(wanted[:0], wanted[:0]) is None
+    prompts, labels, _ = check.make_test_prompts(60)
+    for prompt, label in zip(prompts, labels[:, 3].tolist(), strict=True):
+        assert ("quickly" in prompt, "slowly" in prompt) == (label == 1, label == 0)
 
 
 def test_solids_without_a_sheet_say_what_is_missing(module, monkeypatch, capsys):
