@@ -5,8 +5,8 @@ an indexer of 16 dimensions finds the tokens; a budget of top-p for each query; 
 need the long range at all; some hundred steps of training.
 Departures, and where that is silent:
 
-- Nothing is trained: the 16 dimensions are those in which Q K^T of the call itself is best
-  approximated (from the root of Q^T Q and the eigenvectors of A K^T K A, A that root).
+- Nothing is trained: the 16 dimensions are those in which Q K^T of the call itself is nearly best
+  approximated.
 - All heads are treated alike. Scores are softmaxed and summed into blocks, and each row keeps the
   fewest that hold `share`; `density` is the most that a row keeps.
 - Text, own and conditioning blocks are kept and count towards the share.
@@ -54,40 +54,52 @@ class RTPurbo(SparseConfig):
 
 
 def principal_mass(search: Search, block_size: int, dimensions: int) -> Scores:
-    """Block mass from the best approximation of Q K^T of so few dimensions, in each head.
+    """Block mass from an approximation of Q K^T in so few dimensions, in each head.
 
-    With the root A of Q^T Q and the eigenvectors U and values S^2 of A K^T K A, Q A^-1 holds
-    orthonormal columns and Q K^T = (Q A^-1 U) (K A U)^T, whose dimensions add S^2 each to its
-    squared norm: those of the largest are kept. Cost: Q^T Q, K^T K, two projections and two passes
-    over the dimensions.
+    Cost: Q^T Q, K^T K, two projections and two passes over the dimensions.
     """
     tokens, dim = search.grid.tokens, search.query.shape[-1]
     dimensions = min(dimensions, dim)
-    query, key = (x.transpose(1, 2).float() for x in (search.query, search.key))
-    root, inverse = root_of(query.mT @ query)
-    squares, directions = torch.linalg.eigh(root @ (key.mT @ key) @ root)  # ascending
-    directions = directions[..., -dimensions:]
-    # On either side the root of S: all of it may be too much for float16.
-    least = (squares[..., -1:] * 1e-6).clamp_min(1e-30)
-    half = squares[..., -dimensions:].maximum(least).unsqueeze(-2) ** 0.25
+    given = search.query.transpose(1, 2).float(), search.key.transpose(1, 2).float()
     few_q, few_k = (
         (x @ project).transpose(1, 2).to(search.query.dtype)
-        for x, project in (
-            (query, inverse @ directions * half),
-            (key, root @ directions / half),
-        )
+        for x, project in zip(given, projections(*given, dimensions), strict=True)
     )
     scores = mass_of_rows(search, few_q, few_k, block_size, block_size)
     return scores, dim / tokens + dimensions / tokens + dimensions / dim
 
 
-def root_of(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a positive matrix and its inverse; directions without length have inverse 0."""
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0)
-    there = values > values[..., -1:] * 1e-6
-    inverse = torch.where(there, values.clamp_min(1e-30).rsqrt(), 0)
-    values = values.sqrt()
-    return (vectors * values.unsqueeze(-2)) @ vectors.mT, (
-        vectors * inverse.unsqueeze(-2)
-    ) @ vectors.mT
+def projections(query: Tensor, key: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    """P and R, `(B, H, D, dimensions)`, with Q P (K R)^T as near to Q K^T as so few may be.
+
+    Subspace iteration: Q^T Q K^T K turns any directions towards those that hold most of Q K^T,
+    8 times to within a percent of the best. Once the columns of K R are orthonormal, P = K^T K R.
+    (Decomposed exactly, matrices of more than 32 rows go through a GPU one after the other.)
+    """
+    gram_q, gram_k = query.mT @ query, key.mT @ key
+    place = torch.arange(query.shape[-1], device=query.device)
+    start = torch.cos(torch.pi / len(place) * (place[:, None] + 0.5) * place[:dimensions])
+    directions = orthonormal(start.expand(*gram_k.shape[:2], -1, -1), gram_k)
+    for _ in range(8):
+        directions = orthonormal(gram_q @ (gram_k @ directions), gram_k)
+    back = gram_k @ directions
+    # On either side the root of a dimension's size: all of it may be too much for float16.
+    half = (back * (gram_q @ back)).sum(-2, keepdim=True).clamp_min(1e-30) ** 0.25
+    return back / half, directions * half
+
+
+def orthonormal(directions: Tensor, gram: Tensor) -> Tensor:
+    """Directions of the same span whose products by `gram` are 1 each and 0 between two.
+
+    What `gram` has nothing of becomes 0.
+    """
+    directions = directions / directions.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    least = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    lengths = (directions * (gram @ directions)).sum(-2, keepdim=True)
+    directions = directions * inverse_root(lengths, least)  # so that small ones count as much
+    values, vectors = torch.linalg.eigh(directions.mT @ (gram @ directions))
+    return directions @ (vectors * inverse_root(values.unsqueeze(-2), 1e-6))
+
+
+def inverse_root(x: Tensor, least: Tensor | float) -> Tensor:
+    return torch.where(x > least, x.clamp_min(1e-30).rsqrt(), 0)
