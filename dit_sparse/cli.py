@@ -331,7 +331,8 @@ def calibrate_modes(
             out = prepare_file(out or Path("preset.json"))
             tell_replaced([out])
         with told(FAILURE, debug):
-            save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
+            clips = [(prompt, seed) for prompt in prompts]
+            save_preset(pipe, call, clips, psnr, out, as_json, quiet)
         return
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
@@ -381,12 +382,13 @@ def save_preset(
     psnr: float,
     out: Path,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     from .compare import environment
     from .preset import find_preset
+    from .progress import Steps
 
-    say = (lambda text: None) if as_json else print
-    preset, trials = find_preset(pipe, call, clips, psnr, say)
+    preset, trials = find_preset(pipe, call, clips, psnr, Steps(1, quiet).say)
     if preset is None:
         raise ValueError(
             f"no setting of auto that is cheaper than dense reaches {psnr:g} dB here (tried up to"
