@@ -56,7 +56,7 @@ def enable_sparse_attention(
     """Make the self-attention of a pipeline's transformers sparse, in place.
 
     Enabling again replaces the method. Call it before `torch.compile`. Inference only. With
-    DIT_SPARSE=0 in the environment it changes nothing and says so.
+    DIT_SPARSE=0 in the environment it changes nothing and says so; the variable is read here alone.
 
     Args:
         pipe: a diffusers pipeline (`supported_pipelines()`), or one of its transformers.
