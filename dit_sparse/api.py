@@ -37,6 +37,10 @@ from .swap import Swap, keep_through_fusion
 
 logger = logging.getLogger(__name__)
 
+CHANGED = (
+    "size, dtype, device or number of steps changed before step {} (from 0): what was found was"
+    " dropped, and the report is of the steps since then"
+)
 _HANDLE = "_dit_sparse_handle"  # attribute of a transformer that runs sparse
 
 
@@ -56,7 +60,7 @@ def enable_sparse_attention(
     """Make the self-attention of a pipeline's transformers sparse, in place.
 
     Enabling again replaces the method. Call it before `torch.compile`. Inference only. With
-    DIT_SPARSE=0 in the environment it changes nothing and says so.
+    DIT_SPARSE=0 in the environment it changes nothing and says so; the variable is read here alone.
 
     Args:
         pipe: a diffusers pipeline (`supported_pipelines()`), or one of its transformers.
@@ -303,8 +307,11 @@ class Installation:
         guided = self._guided(branch, step, batch) and lengths is None
         place = latents.device, latents.dtype
         call = Call(prepared.grid, step, num_steps, branch, *place, lengths, guided, batch)
+        before = self.state.last.get(branch)
         if self.state.begin(call):
             self.handle.forget_other_runs(step)
+            if before is not None and before.step < step:
+                self.handle.note(CHANGED.format(step), self.state)
         self._tell_of_forced_blocks(prepared.grid)
         if len(self.state.last) > 1:
             refuse_shared_broadcast(swap.module for swap in self.swaps)

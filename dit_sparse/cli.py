@@ -174,10 +174,13 @@ def rebuild_report(
 ) -> None:
     """One page, report.html, from one or several finished comparisons."""
     with told(USAGE, debug):
-        from .page import write_page
+        from .generation import prepare_file
+        from .page import page_text, save_page
 
         out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-        page = write_page(folders, out)
+        text, page = page_text(folders), prepare_file(out)
+    with told(FAILURE, debug):
+        save_page(text, page)
     print(json.dumps({"page": str(page)}) if as_json else f"page: {page}")
 
 
@@ -194,12 +197,15 @@ def compare_finished_videos(
 ) -> None:
     """Videos against a reference: the same metrics and page, whatever made them."""
     with told(USAGE, debug):
-        from .compare_videos import compare_videos
+        from .compare_videos import check_videos, compare_videos
         from .generation import prepare_folder
         from .metrics import Lpips
 
         lpips = Lpips(lpips_weights, lpips_net)
-        report = compare_videos(reference, videos, prepare_folder(out), lpips, quiet)
+        folder = prepare_folder(out)
+        check_videos(reference, videos, folder)
+    with told(FAILURE, debug):
+        report = compare_videos(reference, videos, folder, lpips, quiet)
     if as_json:
         print(json.dumps(report))
         return
@@ -325,7 +331,8 @@ def calibrate_modes(
             out = prepare_file(out or Path("preset.json"))
             tell_replaced([out])
         with told(FAILURE, debug):
-            save_preset(pipe, call, [(prompt, seed) for prompt in prompts], psnr, out, as_json)
+            clips = [(prompt, seed) for prompt in prompts]
+            save_preset(pipe, call, clips, psnr, out, as_json, quiet)
         return
     with told(USAGE, debug):
         from .calibrate import ModeSearch, calibrate
@@ -375,12 +382,13 @@ def save_preset(
     psnr: float,
     out: Path,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     from .compare import environment
     from .preset import find_preset
+    from .progress import Steps
 
-    say = (lambda text: None) if as_json else print
-    preset, trials = find_preset(pipe, call, clips, psnr, say)
+    preset, trials = find_preset(pipe, call, clips, psnr, Steps(1, quiet).say)
     if preset is None:
         raise ValueError(
             f"no setting of auto that is cheaper than dense reaches {psnr:g} dB here (tried up to"

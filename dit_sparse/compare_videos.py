@@ -18,14 +18,8 @@ DEFAULT_FPS = 16
 OF_A_RUN = "density effective_cost kept_mass seconds peak_bytes guidance steps trace seed video"
 
 
-def compare_videos(
-    reference: Path,
-    videos: Sequence[Path],
-    out: Path,
-    lpips: Lpips | None = None,
-    quiet: bool = True,
-) -> dict[str, Any]:
-    """Compare videos (files or folders of images) with a reference; writes report and page.
+def check_videos(reference: Path, videos: Sequence[Path], out: Path) -> None:
+    """Read all videos (files or folders of images), before a file of an earlier run is replaced.
 
     Raises:
         FileNotFoundError: a video is not there.
@@ -33,10 +27,21 @@ def compare_videos(
             where frames are written.
     """
     refuse_own_output([reference, *videos], out)
+    first = read_video(reference)
+    for path in videos:
+        refuse_other_shape(path, read_video(path), reference, first)
+
+
+def compare_videos(
+    reference: Path,
+    videos: Sequence[Path],
+    out: Path,
+    lpips: Lpips | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Compare videos that `check_videos` let pass with a reference; writes report and page."""
     names, steps = short_names([reference, *videos]), Steps(len(videos), quiet)
     first, dense = read_video(reference), entry(0, names[0])
-    for path in videos:  # all of them, before a file of an earlier run is replaced
-        refuse_other_shape(path, read_video(path), reference, first)
     tell_replaced([out / "report.json"])
     write_frames(out / dense["frames"], first.frames)
     report: dict[str, Any] = {

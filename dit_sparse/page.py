@@ -37,11 +37,18 @@ def write_page(folders: list[Path], out: Path) -> Path:
         BadReportError: a folder without a report that can be understood.
         IsADirectoryError, PermissionError: `out` cannot be written.
     """
-    text = render(page_data([Path(folder) for folder in folders]))
-    out = prepare_file(out)
+    text, out = page_text(folders), prepare_file(out)
+    save_page(text, out)
+    return out
+
+
+def page_text(folders: list[Path]) -> str:
+    return render(page_data([Path(folder) for folder in folders]))
+
+
+def save_page(text: str, out: Path) -> None:
     with whole_file(out) as part:
         part.write_text(text, encoding="utf-8")
-    return out
 
 
 def render(data: dict[str, Any]) -> str:

@@ -50,4 +50,4 @@ class Steps:
             yield lambda: progress.advance(task)
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text), highlight=False)
+        self.console.print(escape(text), highlight=False, soft_wrap=True)  # a line stays one

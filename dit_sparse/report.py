@@ -88,8 +88,8 @@ def make_report(
     if any(entry["kind"] == "reuse" for entry in measured):
         measured = [entry for entry in measured if entry["density"]]
     kinds = [record.kind for record in records]
-    dense_by_wish = 0.0 if states else 1.0  # DIT_SPARSE=0 leaves nothing to count
-    effective_cost = cost / dense_equivalent if dense_equivalent else dense_by_wish
+    uncounted = 0.0 if states else 1.0  # nothing ran, or with DIT_SPARSE=0 all of it dense
+    effective_cost = cost / dense_equivalent if dense_equivalent else uncounted
     if effective_cost >= 1 and set(kinds) - {"dense"}:  # else it is dense on purpose
         notes = [*notes, COSTLY.format(effective_cost)]
     if states and not dense_equivalent:

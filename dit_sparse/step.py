@@ -166,15 +166,24 @@ class LayerAttention:
         )
 
     def _tell_of_cost(self, query: Tensor) -> None:
-        """Log at the first call that a run will gain nothing; its report says it of the whole."""
-        call, config = self.state.call, self.config
+        """Log once, early, that a run will gain nothing; its report says it of the whole.
+
+        At the first call, or at the second where that may be a guidance branch that follows.
+        """
+        call, config, state = self.state.call, self.config, self.state
         layers = self._sparse_layers()
-        if call.step > 0 or self.state.trace or not layers:
+        waits = state.shares == "all" and state.parts == 1
+        if waits:
+            early = state.calls == 2 and call.step < 2
+        else:
+            early = call.step == 0 and not state.trace
+        if not early or not layers:
             return
         density = max(config.density, call.grid.forced_share(config.block_size))
         corrected = self._corrected_layers(query) / layers
         plan = call.num_steps, density, corrected
-        parts = [config.planned_cost(*plan, follows=i > 0) for i in range(self.state.parts)]
+        count = max(state.parts, len(state.last))
+        parts = [config.planned_cost(*plan, follows=i >= state.owners()) for i in range(count)]
         cost = sum(parts) / len(parts)
         if cost >= 1:
             logger.warning(COSTLY.format(cost))

@@ -70,7 +70,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
     slow = [
         f"{row['label']} ({row['speed_up']:.2f}x)"
         for row in figures(report)
-        if row["speed_up"] is not None and row["speed_up"] < 1
+        if row["speed_up"] is not None and round(row["speed_up"], 2) < 1  # as it is shown
     ]
     if slow:
         lines.append(

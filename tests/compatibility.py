@@ -141,7 +141,8 @@ freed at the end of a run and after an error inside the transformer; after an er
 loop, such as in a callback, when the next run begins or at `disable()`. `max_cache_bytes` refuses
 more at the first step, and a report gives `peak_cache_bytes`.
 
-With `DIT_SPARSE=0` in the environment `enable_sparse_attention` changes nothing and says so. Two
+With `DIT_SPARSE=0` in the environment `enable_sparse_attention` changes nothing and says so. It is
+read there alone: set later, it does nothing; `disable()` turns sparse attention off then. Two
 threads that call one transformer at the same time are both refused."""
 
 

@@ -16,7 +16,7 @@ from dit_sparse.compare import Comparison
 from dit_sparse.generation import generate_clip
 from dit_sparse.loading import call_arguments, load_pipeline
 from dit_sparse.method_spec import parse_method
-from dit_sparse.table import average, notes
+from dit_sparse.table import average, notes, remarks
 from dit_sparse.video import write_gif, write_mp4, write_sheet
 
 RUN_FIELDS = (
@@ -229,6 +229,16 @@ def test_a_note_names_its_methods_where_it_is_not_of_all():
     labels = {"adaspa": ["same", "costly"], "auto": ["same"], "window": ["same", "costly"]}
     runs = [{"label": label, "notes": of} for label, of in labels.items()]
     assert notes({"runs": runs + runs}) == ["note: same", "note on adaspa, window: costly"]
+
+
+def test_what_takes_as_long_as_dense_is_not_called_slower():
+    report = {"dense": [{"id": "d", "seconds": 2.0}], "metrics": {"lpips_missing": None}}
+    seconds = {"alike": 2.004, "slow": 2.2}
+    report["runs"] = [
+        {"label": label, "seconds": of, "dense_id": "d", "notes": []}
+        for label, of in seconds.items()
+    ]
+    assert [line[:39] for line in remarks(report)] == ["Slower than dense here: slow (0.91x). A"]
 
 
 def test_average_leaves_out_what_is_unknown():

@@ -202,6 +202,14 @@ def test_the_environment_turns_it_off(monkeypatch, caplog):
     handle.disable()
 
 
+def test_the_environment_is_read_when_it_is_enabled_and_not_later(monkeypatch):
+    pipe = make("Wan")
+    handle = enable_sparse_attention(pipe, **SPARSE)
+    monkeypatch.setenv("DIT_SPARSE", "0")
+    generate(pipe, "Wan")
+    assert handle.enabled and handle.report().reuse_calls
+
+
 def in_thread(work):
     """Run in another thread; the error it ended with."""
     errors = []

@@ -1,8 +1,10 @@
 """What a page holds: exact frames, figures, traces; words that stay words, paths that stay in."""
 
 import base64
+import errno
 import io
 import json
+import os
 import re
 import zlib
 
@@ -297,6 +299,19 @@ def test_videos_that_cannot_be_compared_are_refused(tmp_path):
         names = "a", "a", name
         assert words in refused(2, "compare-videos", *(tmp_path / n for n in names), *out)
     assert not list((tmp_path / "out").iterdir())  # nor what an earlier run left there
+
+
+@pytest.mark.parametrize("command", ["compare-videos", "report"])
+def test_a_full_disk_is_a_failure_of_the_run(tmp_path, monkeypatch, folder, command):
+    write_frames(tmp_path / "a", tiny_frames(0))
+    names = [folder] if command == "report" else [tmp_path / "a", tmp_path / "a"]
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    line = refused(1, command, *names, "-o", tmp_path / "out" / "x.html")
+    assert "the disk is full" in line and "name another --out" in line
 
 
 def test_frames_that_would_be_written_over_are_refused(tmp_path):

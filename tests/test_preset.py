@@ -117,12 +117,14 @@ def test_the_command_saves_a_preset_or_says_why_not(tmp_path):
     path = tmp_path / "out" / "preset.json"
     result = invoke("--psnr", 1, "--out", path)
     assert result.exit_code == 0, result.output
+    assert "dB at" in result.stderr and result.stdout == f"{path}: use it as --method {path}\n"
     stored = json.loads(path.read_text())
     assert stored["evidence"]["wanted_psnr"] == 1 and stored["evidence"]["environment"]["dtype"]
     assert set(stored["options"]) == set(Auto.options())  # whatever becomes of the defaults
     assert make_config(str(path), {})[0] == Auto(**LADDER[0])
-    result = invoke("--psnr", 500, "--out", path)
+    result = invoke("--psnr", 500, "--out", path, "--quiet")
     assert result.exit_code == 1 and "generate densely" in result.output
+    assert "dB at" not in result.output
     for option, value in (("--density", 0.1), ("--block-size", 32)):
         result = invoke("--psnr", 20, option, value)
         assert result.exit_code == 2 and "leave the options of methods out" in result.output

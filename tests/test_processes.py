@@ -102,7 +102,6 @@ def test_two_processes_share_what_is_generated_and_the_first_tells_of_all(tmp_pa
         tmp_path, generated, tmp_path / "out", *seeds
     )
     assert (code, other_code, nothing) == (0, 0, "")
-    errors, quiet = (text.replace("\n", "") for text in (errors, quiet))  # wrapped
     assert "/p00-s0" in errors and "/p00-s2" not in errors + quiet
     saved = json.loads(told)
     assert [entry["seed"] for entry in saved] == [0, 1, 2]

@@ -24,6 +24,13 @@ def test_a_terminal_shows_steps_and_the_time_left():
         assert words in text
 
 
+def test_what_is_said_stays_on_one_line():
+    steps, text = Steps(1), "a setting with a long name, " * 6
+    steps.console = Console(file=io.StringIO(), width=40)
+    steps.say(text)
+    assert steps.console.file.getvalue() == f"{text}\n"
+
+
 def test_a_file_and_quiet_show_no_bar():
     assert shown(Console(file=io.StringIO())).strip() == ""
     assert Steps(1, quiet=True).console.quiet

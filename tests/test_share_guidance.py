@@ -136,6 +136,20 @@ def test_the_cost_of_a_batch_of_both_branches_is_told_of_both_and_once(density, 
     assert caplog.text.count("times that of dense") == told
 
 
+@pytest.mark.parametrize(
+    ("density", "guidance", "told"),
+    [(0.5, 3.0, False), (0.95, 3.0, True), (0.5, 1.0, True)],
+)
+def test_the_cost_of_two_calls_a_step_is_told_of_both_and_once(density, guidance, told, caplog):
+    """Of 3 steps at density 0.5 the prompt costs 1.28 times dense, the negative prompt 0.53."""
+    options = {"density": density, "search_at": (0.0, 0.5), "share_guidance": "all"}
+    pipe = tiny_wan()
+    handle = enable_sparse_attention(pipe, block_size=32, **options)
+    generate(pipe, steps=3, guidance=guidance)
+    assert (handle.report().effective_cost >= 1) == told
+    assert caplog.text.count("times that of dense") == told
+
+
 def test_in_a_batch_of_both_branches_the_mask_is_that_of_the_prompt():
     _, own = joint(None)
     _, shared = joint("mask")

@@ -6,7 +6,12 @@ import weakref
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from PIL import Image
 from tiny import tiny_wan
@@ -620,6 +625,21 @@ def test_a_run_that_will_cost_more_than_dense_is_told_at_its_first_step(pipe, ca
     assert first[0] == told
     assert (handle.report().effective_cost >= 1) == told
     assert caplog.text.count("times that of dense") == told
+
+
+def test_a_size_that_changes_in_a_run_is_in_its_report(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def grow(pipe, step, timestep, kwargs):
+        latents = kwargs["latents"]
+        return {"latents": torch.cat([latents, latents], dim=-1) if step == 2 else latents}
+
+    handle = enable_sparse_attention(pipe, "adaspa", **SPARSE)
+    generate(pipe, callback_on_step_end=grow)
+    report = handle.report()
+    assert report.steps == 3 and "changed before step 3 (from 0)" in report.notes[0]
+    generate(pipe)
+    assert handle.report().steps == 6 and not handle.report().notes  # a run of another size
 
 
 def test_runs_that_are_dense_on_purpose_are_not_called_costly(pipe, caplog):
