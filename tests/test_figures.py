@@ -570,6 +570,13 @@ def test_searches():
             assert are(re.findall(NUMBER, told[name][1 + place]), *shares)
 
 
+def group_by(records, key):
+    groups = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups.values()
+
+
 def test_blocks_of_128_beside_flash_attn_4():
     rates = {
         (r["shape"], r["mask"], r["density"], r["engine"]): r["tflops"]
@@ -584,8 +591,21 @@ def test_blocks_of_128_beside_flash_attn_4():
             ratios = [rates[*case, "triton"] / rates[*case, "fa4"] for case in cases]
             assert are(cell.split(" / "), *ratios)
             every += ratios
-    told = f"{min(every):.2f} to {max(every):.2f}"
-    assert len(every) == 36 and f"{told} of flash-attn-4" in text("docs/log.md")
+    told, page = f"{min(every):.2f} to {max(every):.2f}", " ".join(text("docs/log.md").split())
+    assert len(every) == 36 and f"{told} of flash-attn-4" in page
+    busy = [
+        {r["engine"]: r for r in group}
+        for group in group_by(
+            (r for r in result("kernels_h200")["records"] if r["run"] == 3 and "busy_ms" in r),
+            lambda r: (r["shape"], r.get("mask"), r.get("density")),
+        )
+    ]
+    pairs = [(of["fa4"], of["triton"]) for of in busy if {"fa4", "triton"} <= set(of)]
+    ratios = [fa4["busy_ms"] / ours["busy_ms"] for fa4, ours in pairs]
+    assert len(pairs) == 8 and {ours["density"] for _, ours in pairs} == {0.1}
+    assert f"ours is {min(ratios):.2f} to {max(ratios):.2f} there" in page
+    waits = [1 - of["busy_ms"] / of["ms"] for pair in pairs for of in pair]
+    assert 0.16 < min(waits) and max(waits) < 0.34
 
 
 def test_kernels_that_were_tried():
