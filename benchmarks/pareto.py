@@ -606,7 +606,8 @@ def save(path, result):
     result["paired"] = paired(result["records"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)  # but lists of numbers are lines of their own
+    part.write_text(re.sub(r"\[[-+\d.,e\s]+\]", lambda of: " ".join(of[0].split()), text) + "\n")
     part.replace(path)
 
 
