@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "samples")]
 
 import pareto  # noqa: E402
+import step  # noqa: E402
 
 from dit_sparse import Auto, available_methods  # noqa: E402
 from dit_sparse.api import make_config  # noqa: E402
@@ -593,6 +594,13 @@ def test_blocks_of_128_beside_flash_attn_4():
             every += ratios
     told, page = f"{min(every):.2f} to {max(every):.2f}", " ".join(text("docs/log.md").split())
     assert len(every) == 36 and f"{told} of flash-attn-4" in page
+    wanted = [
+        ratio >= (1.0 if name.endswith("aligned") else 0.97)
+        for (name, *case, engine), rate in rates.items()
+        if engine == "triton"
+        for ratio in [rate / rates[name, *case, "fa4"]]
+    ]
+    assert f"{sum(wanted)} of the 36 cases" in page and len(wanted) == 36
     busy = [
         {r["engine"]: r for r in group}
         for group in group_by(
@@ -606,6 +614,14 @@ def test_blocks_of_128_beside_flash_attn_4():
     assert f"ours is {min(ratios):.2f} to {max(ratios):.2f} there" in page
     waits = [1 - of["busy_ms"] / of["ms"] for pair in pairs for of in pair]
     assert 0.16 < min(waits) and max(waits) < 0.34
+
+
+def test_cases_of_kernels_on_an_h200():
+    records = result("kernel_cases_h200")["records"]
+    assert f"in {len(records)} cases beside torch" in text("docs/performance.md")
+    for r in records:
+        errors = [name for name in r if f"{name}_limit" in r]
+        assert not r.get("error") and all(r[name] <= r[f"{name}_limit"] for name in errors)
 
 
 def test_kernels_that_were_tried():
@@ -690,6 +706,25 @@ def are_times(cells, dense, found):
     assert are(re.findall(NUMBER, dense), found[0]["dense_seconds_50"])
     for cell, schedule in zip(cells, found, strict=True):
         assert are(re.findall(NUMBER, cell), schedule["seconds_50"], schedule["speedup"])
+
+
+def test_autos_own_schedule():
+    counts, told = step.counts_of(Auto().search_at), []
+    for model in ("hunyuanvideo-720p", "wan-1.3b-480p", "cogvideox-5b-480p"):
+        found = result(f"step_{model}_auto_h200")
+        for compiled in (False, True):
+            rows = [r for r in found["rows"] if r["compiled"] == compiled]
+            kinds = {r["kind"]: r for r in rows if r["density"] in (0.1, 1.0, None)}
+            if not kinds:
+                continue
+            seconds = sum(count * kinds[kind]["seconds"] for kind, count in counts.items())
+            cost = sum(count * kinds[kind]["cost"] for kind, count in counts.items()) / 50
+            speedup = 50 * kinds["dense"]["seconds"] / seconds
+            told.append((seconds * len(found["branches"]), speedup, cost))
+    (large, *of_large), small = told[0], [f"{speedup:.2f}x" for _, speedup, _ in told[1:]]
+    page = " ".join(text("docs/performance.md").split())
+    assert f"{large:.0f} s and {of_large[0]:.2f}x at cost {of_large[1]:.2f} for Hun" in page
+    assert "{} for Wan 1.3B, {} compiled, and {} for CogVideoX".format(*small) in page
 
 
 def test_whole_videos():
