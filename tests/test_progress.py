@@ -25,7 +25,7 @@ def test_a_terminal_shows_steps_and_the_time_left():
 
 
 def test_what_is_said_stays_on_one_line():
-    steps, text = Steps(1), "a setting with a long name, " * 6
+    steps, text = Steps(1), "a setting with a long name, " * 6 + "and its end"
     steps.console = Console(file=io.StringIO(), width=40)
     steps.say(text)
     assert steps.console.file.getvalue() == f"{text}\n"
