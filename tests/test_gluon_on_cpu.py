@@ -22,6 +22,9 @@ from dit_sparse.kernels import hopper_fwd, hopper_specialized_fwd  # noqa: E402
 SERVED = [case for case in CASES if gluon_tile(case)]
 
 
+MANY = Case("", q_len=200, kv_len=1200, block_size=(128, 128), kept="all", heads=1)
+
+
 def run(monkeypatch, case, module=hopper_fwd):
     kernel = Emulated(module, "hopper_fwd_kernel")
     monkeypatch.setattr(hopper_fwd, "hopper_fwd_kernel", kernel)
@@ -45,6 +48,14 @@ def test_warp_groups_of_their_own_are_as_exact(monkeypatch, case, stages):
     monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd_kernel", kernel)
     case = replace(case, block_size=(128, 128))
     check_attention(case, "cpu", gluon_tile(case)._replace(num_stages=stages))
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_warp_groups_of_their_own_take_turns_over_many_blocks(monkeypatch, stages):
+    kernel = Emulated(hopper_specialized_fwd, "hopper_specialized_fwd_kernel")
+    monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd_kernel", kernel)
+    for case in (MANY, replace(MANY, kept="some", batch=2, heads=3)):
+        check_attention(case, "cpu", gluon_tile(case)._replace(num_stages=stages))
 
 
 LOAD_K = "        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)\n"
