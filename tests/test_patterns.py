@@ -18,6 +18,7 @@ from dit_sparse import (
 )
 from dit_sparse.calibrate import ModeSearch
 from dit_sparse.dense import dense_attention_with_lse
+from dit_sparse.patterns import METHODS
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
 from dit_sparse.patterns.select import (
@@ -228,6 +229,12 @@ def test_bad_options_say_what_is_allowed(options, message):
 def test_bad_options_of_other_methods(method, options, message):
     with pytest.raises(ValueError, match=message):
         method(**options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_takes_a_density_above_1(name):
+    with pytest.raises(ValueError, match="in \\(0, 1\\], got 2"):
+        METHODS[name](density=2)
 
 
 def test_random_blocks_differ_between_layers_and_searches():
