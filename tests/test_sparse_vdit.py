@@ -232,6 +232,7 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
             enable_sparse_attention(tiny, "sparse-vdit", **given)
     with pytest.raises(ValueError, match="own_block=True, got False"):
         SparseVDiT(table=table, density=0.5, block_size=32, own_block=False)
+    SparseVDiT(table=table, density=1, block_size=64, own_block=False)  # runs dense, without it
     with pytest.raises(ValueError, match="name of a file"):
         SparseVDiT(table=3)
     with pytest.raises(ValueError, match="no mode table at"):
