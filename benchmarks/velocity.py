@@ -4,6 +4,7 @@ PSNR of a video is made in the first steps, and a small error there moves it far
 starts from dense's own latents, so that each is judged alone.
 """
 
+from collections import deque
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +19,7 @@ class DenseTrajectory:
 
     def __init__(self, transformer, generate):
         self.transformer, self.generate = transformer, generate
-        self.latents = []
+        self.latents = deque()
         with predictions(transformer) as self.predicted:
             generate(callback_on_step_end=self.keep)
 
@@ -27,7 +28,8 @@ class DenseTrajectory:
         return values
 
     def go_back(self, pipe, step, timestep, values):
-        return values | {"latents": self.latents[step].clone()}
+        self.latents.rotate(-1)  # `generate` may run the pipeline several times
+        return values | {"latents": self.latents[-1].clone()}
 
     def error(self):
         """Root of the mean squared error of all predictions, over their root mean square."""

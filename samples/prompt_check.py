@@ -274,7 +274,7 @@ def check_pipeline(pipe, checker, call, count=50):
     )
     found = predict(checker, first)
     shuffled = [accuracy(found, labels.roll(k, 0)) for k in range(1, count)]
-    chance = {a: sum(x[a] for x in shuffled) / len(shuffled) for a in ATTRIBUTES}
+    chance = {a: sum(x[a] for x in shuffled) / len(shuffled) for a in shuffled[0]}
     both = torch.cat([found, predict(checker, second)])
     report = {
         "prompts": count,

@@ -213,6 +213,7 @@ class Language:
         offset = pointer.offset
         mask = values(True if mask is None else mask).expand(offset.shape)
         found = torch.full(offset.shape, other, dtype=pointer.storage.dtype)
+        assert (offset[mask] >= 0).all(), "reads before the begin of a tensor"
         found[mask] = pointer.storage[offset[mask].long()]
         return values(found)
 

@@ -584,6 +584,15 @@ def test_all_principal_dimensions_are_exact_and_few_are_nearly_the_best_of_their
     assert cost == pytest.approx(4 / 16 + 4 / 63 + 16 / 63)
 
 
+def test_principal_dimensions_beside_one_that_outweighs_them():
+    search = make_search(SMALL)
+    query, key = (x.transpose(1, 2) + 10 for x in (search.query, search.key))
+    few_q, few_k = (x @ p for x, p in zip((query, key), projections(query, key, 4), strict=True))
+    wanted = query @ key.mT
+    best = torch.linalg.svdvals(wanted)[..., 4:].norm(dim=-1)
+    assert ((few_q @ few_k.mT - wanted).norm(dim=(-2, -1)) < 1.03 * best).all()
+
+
 def test_principal_dimensions_of_keys_that_have_fewer():
     search = make_search(SMALL)
     few = search.key * (torch.arange(16) < 2)
@@ -591,6 +600,14 @@ def test_principal_dimensions_of_keys_that_have_fewer():
         of_heads = search.query.transpose(1, 2), key.transpose(1, 2)
         few_q, few_k = (x @ p for x, p in zip(of_heads, projections(*of_heads, 4), strict=True))
         torch.testing.assert_close(few_q @ few_k.mT, of_heads[0] @ of_heads[1].mT)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_principal_dimensions_of_keys_that_are_no_numbers_end_no_run(what):
+    search = make_search(SMALL)
+    search.key[0, 3, 0, 2] = what
+    mass, _ = principal_mass(search, BLOCK, 4)
+    assert mass[1].isfinite().all() and mass[0, 1].isfinite().all()
 
 
 def test_principal_dimensions_of_long_keys_fit_into_float16():

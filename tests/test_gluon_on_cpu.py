@@ -5,10 +5,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import kernel_cases
 import pytest
 import torch
 import triton
-from kernel_cases import CASES, Case, check_attention, gluon_tile
+from kernel_cases import CASES, Case, check_attention, gluon_tile, to_lists
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     pytest.skip("Gluon is of Triton 3.6", allow_module_level=True)
@@ -20,6 +21,9 @@ from gluon_on_cpu import Emulated  # noqa: E402
 from dit_sparse.kernels import hopper_fwd, hopper_specialized_fwd  # noqa: E402
 
 SERVED = [case for case in CASES if gluon_tile(case)]
+
+
+MANY = Case("", q_len=200, kv_len=1200, block_size=(128, 128), kept="all", heads=1)
 
 
 def run(monkeypatch, case, module=hopper_fwd):
@@ -45,6 +49,28 @@ def test_warp_groups_of_their_own_are_as_exact(monkeypatch, case, stages):
     monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd_kernel", kernel)
     case = replace(case, block_size=(128, 128))
     check_attention(case, "cpu", gluon_tile(case)._replace(num_stages=stages))
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_warp_groups_of_their_own_take_turns_over_many_blocks(monkeypatch, stages):
+    kernel = Emulated(hopper_specialized_fwd, "hopper_specialized_fwd_kernel")
+    monkeypatch.setattr(hopper_specialized_fwd, "hopper_specialized_fwd_kernel", kernel)
+    for case in (MANY, replace(MANY, kept="some", batch=2, heads=3)):
+        check_attention(case, "cpu", gluon_tile(case)._replace(num_stages=stages))
+
+
+@pytest.mark.parametrize("module", [hopper_fwd, hopper_specialized_fwd])
+def test_indices_of_a_list_may_lie_apart(monkeypatch, module):
+    name = module.__name__.rpartition(".")[2] + "_kernel"
+    monkeypatch.setattr(module, name, Emulated(module, name))
+
+    def spread(blocks, dtype):
+        counts, indices = to_lists(blocks, dtype)
+        return counts, indices.repeat_interleave(2, -1)[..., ::2]
+
+    monkeypatch.setattr(kernel_cases, "to_lists", spread)
+    case = MANY if module is hopper_specialized_fwd else replace(MANY, block_size=(64, 64))
+    check_attention(case, "cpu", gluon_tile(case))
 
 
 LOAD_K = "        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)\n"

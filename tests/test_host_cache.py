@@ -106,6 +106,13 @@ def test_in_order_each_is_copied_once_and_before_it_is_asked_for(monkeypatch):
     for number, key in enumerate(KEYS * 3):
         cache.fetch(key)
         assert len(copies) == number + 2
+        assert KEYS[(number + 1) % len(KEYS)] in [buffer.key for buffer in cache._buffers]
+
+
+def test_what_does_not_lie_in_one_piece_is_stored_as_well():
+    cache, correction = HostCache(torch.device("cpu")), some_correction("cpu", 10)
+    cache.store(("cond", 0), correction.map(lambda x: x.mT.contiguous().mT if x.ndim > 1 else x))
+    assert same(cache.fetch(("cond", 0)), correction)
 
 
 @pytest.mark.gpu

@@ -41,6 +41,23 @@ def expected_branches(name, guided):
     return set(names if guided else names[:1])
 
 
+@pytest.mark.parametrize("name, first", [("HunyuanVideo", False), ("CogVideoX", True)])
+def test_text_is_where_the_model_has_it(name, first):
+    pipe, call = build(name)
+    handle = enable_sparse_attention(pipe, "window", **SPARSE)
+    latents(pipe, call)
+    grid = handle._installed[0].state.call.grid
+    assert grid.text_first == first and grid.text_tokens > 0
+
+
+def test_cogvideox_refuses_a_mask():
+    pipe, _ = build("CogVideoX")
+    enable_sparse_attention(pipe)
+    attention = pipe.transformer.transformer_blocks[0].attn1
+    with pytest.raises(ValueError, match="attends without a mask"):
+        attention.processor(attention, *torch.zeros(2, 1, 1, 1), attention_mask=torch.ones(1, 2))
+
+
 def test_the_cases_are_all_that_we_claim():
     families = ("HunyuanVideo", "HunyuanVideo-1.5", "CogVideoX", "Mochi")
     claimed = {pipeline for name in families for pipeline in supported_pipelines()[name]}

@@ -18,6 +18,7 @@ from dit_sparse import (
 )
 from dit_sparse.calibrate import ModeSearch
 from dit_sparse.dense import dense_attention_with_lse
+from dit_sparse.patterns import METHODS
 from dit_sparse.patterns.score import exact_mass
 from dit_sparse.patterns.search import Search
 from dit_sparse.patterns.select import (
@@ -216,6 +217,9 @@ def test_bad_options_say_what_is_allowed(options, message):
         (Window, {"time_scale": math.nan}, "time_scale must be a number above 0, got nan"),
         (Window, {"time_scale": math.inf}, "above 0, got inf"),
         (Rettention, {"ramp": math.nan}, "at least 0, got nan"),
+        (Rettention, {"ramp": math.inf}, "at least 0, got inf"),
+        (Rettention, {"time_scale": 0}, "time_scale must be a number above 0, got 0"),
+        (Rettention, {"cache_device": "gpu"}, "cache_device must be one of model, cpu, got 'gpu'"),
         (Rettention, {"clamp": "no"}, "clamp is True or False"),
         (Rettention, {"pool": 0}, "pool is a whole number"),
         (DraftAttention, {"row_floor": 1.5}, "row_floor is a whole number"),
@@ -228,6 +232,12 @@ def test_bad_options_say_what_is_allowed(options, message):
 def test_bad_options_of_other_methods(method, options, message):
     with pytest.raises(ValueError, match=message):
         method(**options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_takes_a_density_above_1(name):
+    with pytest.raises(ValueError, match="in \\(0, 1\\], got 2"):
+        METHODS[name](density=2)
 
 
 def test_random_blocks_differ_between_layers_and_searches():
@@ -247,3 +257,13 @@ def test_a_window_plans_one_mask_for_all_heads():
     assert found.shape[:2] == (1, 1)
     assert Window().cache_bytes(shape, 2) == 10 * 2
     assert RandomBlocks().cache_bytes(shape, 2) == 2 * 8 * 10 * 2
+
+
+def test_rettention_plans_a_mask_rho_and_the_means_of_the_residual():
+    config, dense, sparse = (
+        Rettention(pool=7),
+        torch.randn(2, 640, 4, 16),
+        torch.zeros(2, 640, 4, 16),
+    )
+    kept = config.correction(dense, torch.zeros(2, 4, 640), sparse, torch.zeros(2, 4, 640))
+    assert config.cache_bytes(dense.shape, 4) == 10 * 2 + kept.nbytes()

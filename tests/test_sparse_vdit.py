@@ -89,6 +89,14 @@ def test_all_dense_where_epsilon_is_0_and_all_skipped_where_it_is_large(tmp_path
     assert leftovers(pipe.transformer) == ([], set()) and generate(pipe).equal(stock)
 
 
+def test_a_search_in_another_order_compares_the_same_tokens(tmp_path):
+    pipe = tiny_wan()
+    table = made(pipe, tmp_path, lambda: generate(pipe, steps=1), density=1, weight=0, order="tile")
+    found = load_mode_table(table, 5).modes
+    chosen = "".join(modes for branch in found.values() for row in branch for modes in row)
+    assert chosen and not set(chosen) & {"0", "1"}  # modes that leave nothing out are exact
+
+
 def test_inference_repeats_what_the_search_passed_on(tmp_path):
     """The search goes on with its own choice, so the same prompt and seed give the same video."""
     pipe = tiny_wan()
@@ -232,6 +240,7 @@ def test_settings_that_the_table_was_not_searched_with_are_refused(tmp_path):
             enable_sparse_attention(tiny, "sparse-vdit", **given)
     with pytest.raises(ValueError, match="own_block=True, got False"):
         SparseVDiT(table=table, density=0.5, block_size=32, own_block=False)
+    SparseVDiT(table=table, density=1, block_size=64, own_block=False)  # runs dense, without it
     with pytest.raises(ValueError, match="name of a file"):
         SparseVDiT(table=3)
     with pytest.raises(ValueError, match="no mode table at"):

@@ -165,6 +165,17 @@ def test_a_prompt_that_asks_no_speed_is_not_wrong_about_it(module):
         assert ("quickly" in prompt, "slowly" in prompt) == (label == 1, label == 0)
 
 
+def test_a_report_of_prompts_that_all_ask_no_speed_leaves_speed_out(module, monkeypatch):
+    check = module("prompt_check")
+    monkeypatch.setattr(
+        check, "generate", lambda _, prompts, *__: torch.rand(len(prompts), 5, 3, 32, 32)
+    )
+    monkeypatch.setattr(check, "score_drawn", lambda *_, **__: {})
+    assert (check.make_test_prompts(3)[1][:, 3] == -1).all()
+    report, _ = check.check_pipeline(None, check.Checker(), {}, 3)
+    assert list(report["accuracy_shuffled_prompts"]) == ["colour", "shape", "direction"]
+
+
 def test_solids_without_a_sheet_say_what_is_missing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["solids.py"])
     with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from platformdirs import user_cache_path
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
@@ -61,6 +62,20 @@ def test_another_gpu_or_triton_and_a_damaged_file_change_nothing(cache, caplog):
         tuned.tuned_tile.cache_clear()
         assert default_tile(x, x, x, (64, 64)) == before
     assert caplog.text.count("is not used") == 2
+
+
+def test_a_tile_is_written_beside_the_others_into_a_folder_that_is_made(cache, monkeypatch):
+    monkeypatch.setenv("DIT_SPARSE_CACHE", str(cache / "a" / "b"))
+    tile = tiles.Tile(16, 16, 4, 1)
+    assert tuned.tuned_tile(CPU, "one") is None
+    files = {tuned.keep(CPU, name, tile) for name in ("one", "two")}
+    assert files == {cache / "a" / "b" / "tiles.json"} == set((cache / "a" / "b").iterdir())
+    assert tuned.tuned_tile(CPU, "one") == tuned.tuned_tile(CPU, "two") == tile
+
+
+def test_without_the_variable_it_is_the_folder_of_the_platform(monkeypatch):
+    monkeypatch.delenv("DIT_SPARSE_CACHE")
+    assert tuned.tiles_file() == user_cache_path("dit-sparse") / "tiles.json"
 
 
 def test_no_tile_at_all_is_an_error_and_writes_nothing(cache):

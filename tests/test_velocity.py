@@ -50,3 +50,15 @@ def test_every_step_starts_from_the_dense_latents(name, make, call):
             generate()
     torch.testing.assert_close(found[: 2 * first], free[: 2 * first])
     assert not all(a.equal(b) for a, b in zip(found[2 * first :], free[2 * first :]))
+
+
+@torch.no_grad()
+def test_a_generation_of_several_runs_goes_back_to_the_latents_of_each():
+    pipe = tiny_wan()
+    fixed = CALL | {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+
+    def generate(**more):
+        for seed in range(2):
+            pipe(**fixed, generator=torch.Generator().manual_seed(seed), **more)
+
+    assert DenseTrajectory(pipe.transformer, generate).error() == 0

@@ -11,6 +11,7 @@ from tiny_wan_family import FRAMES, PIPELINES, animate, generate, text, vace
 
 from dit_sparse import enable_sparse_attention, supported_pipelines
 from dit_sparse.api import UnsupportedPipelineError
+from dit_sparse.pipelines.wan import _given_frames
 
 SPARSE = {"density": 0.5, "block_size": 32}
 ALL_KEPT = {"density": 0.99, "block_size": 32}  # sparse code path, nothing left out
@@ -161,6 +162,14 @@ def test_odd_grids_and_two_samples(case, order):
     options = dict(ALL_KEPT, num_steps=1, search_at=0.0, order=order)
     enable_sparse_attention(transformer, "window", **options)
     assert (once(transformer, inputs) - stock).abs().max() < 1e-5
+
+
+def test_frames_given_to_vace_are_those_with_nothing_to_repaint():
+    control = torch.zeros(1, 24, 3, 2, 2)  # 4 channels of what is kept, 4 repainted, 16 of the mask
+    control[:, :4], control[:, 4:, 2] = 1, 1
+    given = {"hidden_states": torch.randn(1, 4, 3, 2, 2), "timestep": torch.tensor([500])}
+    found = _given_frames(None, given | {"control_hidden_states": control})
+    assert found.tolist() == [True, True, False]
 
 
 def test_given_frames_that_exceed_the_density_are_told(caplog):

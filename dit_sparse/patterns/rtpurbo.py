@@ -76,12 +76,17 @@ def projections(query: Tensor, key: Tensor, dimensions: int) -> tuple[Tensor, Te
     8 times to within a percent of the best. Once the columns of K R are orthonormal, P = K^T K R.
     (Decomposed exactly, matrices of more than 32 rows go through a GPU one after the other.)
     """
-    gram_q, gram_k = query.mT @ query, key.mT @ key
+    # Not a number: no reason to end a run, which it does not with other methods.
+    gram_q, gram_k = ((x.mT @ x).nan_to_num(0, 0, 0) for x in (query, key))
     place = torch.arange(query.shape[-1], device=query.device)
     start = torch.cos(torch.pi / len(place) * (place[:, None] + 0.5) * place[:dimensions])
     directions = orthonormal(start.expand(*gram_k.shape[:2], -1, -1), gram_k)
     for _ in range(8):
-        directions = orthonormal(gram_q @ (gram_k @ directions), gram_k)
+        back = gram_k @ directions
+        turned = gram_q @ back
+        # One for each dimension, or a large one would hide the small ones in all of them.
+        turned = turned @ torch.linalg.eigh(back.mT @ turned).eigenvectors
+        directions = orthonormal(turned, gram_k)
     back = gram_k @ directions
     # On either side the root of a dimension's size: all of it may be too much for float16.
     half = (back * (gram_q @ back)).sum(-2, keepdim=True).clamp_min(1e-30) ** 0.25
