@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper_specialized_mass
 from .dot import (
     LOG2_E,
     check_block_size,
@@ -129,6 +130,7 @@ def block_mass(
     *,
     block_size: tuple[int, int],
     scale: float | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Softmax mass that the queries of each q block put on each kv block.
 
@@ -139,6 +141,7 @@ def block_mass(
             earlier step; rows of -inf count nothing.
         block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
         scale: softmax scale, 1 / sqrt(D) by default.
+        tile: instead of the one in the shipped table.
 
     Returns:
         `(B, H, Nq, Nkv)` in float32.
@@ -162,13 +165,18 @@ def block_mass(
     def run(tile: Tile) -> None:
         nonlocal mass
         rows, columns = tile.rows, tile.columns
-        group, span = min(block_q, rows), min(block_kv, columns)  # parts are summed afterwards
+        most = hopper_specialized_mass.GROUP if tile.gluon else rows
+        group, span = min(block_q, most), min(block_kv, columns)  # parts are summed afterwards
         q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
         shape = q_blocks * (block_q // group), kv_blocks * (block_kv // span)
         # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
         whole = q_tiles * (rows // group) >= shape[0] and kv_tiles * (columns // span) >= shape[1]
         allocate = torch.empty if whole else torch.zeros
         mass = allocate((batch, heads, *shape), dtype=torch.float32, device=query.device)
+        if tile.gluon:
+            parts = {"group": group, "span": span, "scale": scale, "tile": tile}
+            hopper_specialized_mass.hopper_specialized_mass(query, key, lse, mass, **parts)
+            return
         block_mass_kernel[(q_tiles, heads, batch)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
@@ -197,7 +205,7 @@ def block_mass(
 
     key_of = ("block_mass", query.device, query.dtype, dim, block_size)
     with torch.cuda.device_of(query):
-        launch(key_of, tile_for(MASS, query.device, path, dim, (128, 128)), run)
+        launch(key_of, tile or tile_for(MASS, query.device, path, dim, (128, 128)), run)
     if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
     return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))

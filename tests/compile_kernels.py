@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from dit_sparse.kernels import dot, tiles  # noqa: E402
+from dit_sparse.kernels import dot, hopper_specialized_mass, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool, pool_keys_values  # noqa: E402
@@ -142,6 +142,20 @@ def gluon_launches():
             )
 
 
+def gluon_mass_launches():
+    lse = torch.zeros(1, 2, 512)
+    for head_dim in (64, 128):
+        x = torch.zeros(1, 512, 2, head_dim, dtype=torch.bfloat16)
+        for tile in (tiles.Tile(128, 128, 8, 4, True), tiles.Tile(128, 64, 8, 4, True)):
+            for group in (16, 64):
+
+                def run(x=x, tile=tile, group=group):
+                    hopper_specialized_mass.GROUP = group
+                    block_mass(x, x, lse, block_size=(64, 64), tile=tile)
+
+                yield f"gluon mass d{head_dim} {tile[:4]} {group}", run
+
+
 def is_serialized(ptx: str) -> bool:
     """Whether ptxas says that it lets no two matrix products overlap.
 
@@ -186,7 +200,7 @@ def main() -> None:
     eight_bits = ("int8", "fp8") if target.backend == "cuda" and target.arch >= 89 else ("int8",)
     chosen = list(launches(arguments.all, eight_bits))
     if arguments.gluon:
-        chosen = list(gluon_launches())
+        chosen = [*gluon_launches(), *gluon_mass_launches()]
     if arguments.only:
         chosen = [launch for launch in chosen if launch[0] in arguments.only]
     for name, call in chosen:
