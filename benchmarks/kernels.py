@@ -73,7 +73,8 @@ SHAPES = [
     Shape("hunyuanvideo-720p-aligned", 24, 118784, 128),
     Shape("hunyuanvideo-720p", 24, 118860, 128, text=60),
 ]
-SIZES = ((128, 128), (64, 64))
+BLOCKS = (128, 64)
+SIZES = tuple((block, block) for block in BLOCKS)
 DENSITIES = (0.5, 0.2, 0.1)
 SHORT_MS = 2.0
 KINDS = ("random", "real", "uneven")
@@ -585,7 +586,7 @@ def main() -> None:
     add("--shape", action="append", choices=[shape.name for shape in SHAPES])
     add("--mask", action="append", choices=KINDS)
     add("--density", action="append", type=float)
-    add("--block", action="append", type=int, choices=(128, 64), help="blocks of attention")
+    add("--block", action="append", type=int, choices=BLOCKS, help="blocks of attention")
     add("--engine", action="append", help='only these ("triton fp8", say), beside the dense ones')
     add("--sweep", action="store_true", help="time candidate tiles too")
     add("--skip-cases", action="store_true", help="do not run the correctness cases again")
@@ -596,7 +597,7 @@ def main() -> None:
     add("--commit", help="commit to record where there is no git")
     options = parser.parse_args()
     options.mask, options.density = options.mask or KINDS, options.density or DENSITIES
-    options.block = options.block or (128, 64)
+    options.block = options.block or BLOCKS
     if options.fa4:
         sys.path[:0] = folders_of_fa4(options.fa4)
     if not torch.cuda.is_available():

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper_specialized_mass
 from .dot import (
     LOG2_E,
     check_block_size,
@@ -165,7 +164,11 @@ def block_mass(
     def run(tile: Tile) -> None:
         nonlocal mass
         rows, columns = tile.rows, tile.columns
-        most = hopper_specialized_mass.GROUP if tile.gluon else rows
+        most = rows
+        if tile.gluon:  # imported only where it can run
+            from . import hopper_specialized_mass
+
+            most = hopper_specialized_mass.GROUP
         group, span = min(block_q, most), min(block_kv, columns)  # parts are summed afterwards
         q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
         shape = q_blocks * (block_q // group), kv_blocks * (block_kv // span)

@@ -16,6 +16,7 @@ not run in Triton's interpreter; tests/gluon_on_cpu.py runs it without a GPU.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,36 @@ def load(tensor, batch, head, start, buffers, barriers, slot, pred):
     barrier = barriers.index(slot)
     mbarrier.expect(barrier, tensor.block_type.nbytes, pred=pred)
     copy_tile(tensor, [batch, head, start, 0], barrier, buffers.index(slot), pred=pred)
+
+
+@gluon.jit
+def list_of_row(
+    row, q_blocks, heads, kv_num_blocks_ptr, kv_indices_ptr, num_blocks_strides, indices_strides
+):
+    # Which row of the lists it is, how many kv blocks it keeps, and where they are listed.
+    q_block, head, batch = row % q_blocks, row // q_blocks % heads, row // q_blocks // heads
+    kept = gl.load(
+        kv_num_blocks_ptr
+        + batch.to(gl.int64) * num_blocks_strides[0]
+        + head.to(gl.int64) * num_blocks_strides[1]
+        + q_block.to(gl.int64) * num_blocks_strides[2]
+    )
+    indices_row = (
+        kv_indices_ptr
+        + batch.to(gl.int64) * indices_strides[0]
+        + head.to(gl.int64) * indices_strides[1]
+        + q_block.to(gl.int64) * indices_strides[2]
+    )
+    return q_block, head, batch, kept, indices_row
+
+
+@gluon.jit
+def lse_and_scale(running_max, running_sum, kept, ln_2):
+    # What the softmax comes to: a row without kv blocks has LSE -inf and output 0.
+    empty = kept == 0
+    lse = (running_max + gl.log2(running_sum)) * ln_2
+    lse = gl.where(empty, float("-inf"), lse)
+    return lse, gl.where(empty, 0.0, 1.0 / running_sum)
 
 
 @gluon.jit
@@ -128,20 +159,10 @@ def hopper_fwd_kernel(
     row = gl.program_id(0) // SPLIT
     if order_ptr is not None:
         row = gl.load(order_ptr + row)
-    q_block, head, batch = row % q_blocks, row // q_blocks % heads, row // q_blocks // heads
+    q_block, head, batch, kept, indices_row = list_of_row(
+        row, q_blocks, heads, kv_num_blocks_ptr, kv_indices_ptr, num_blocks_strides, indices_strides
+    )
     q_start = q_block * BLOCK_Q + gl.program_id(0) % SPLIT * ROWS
-    kept = gl.load(
-        kv_num_blocks_ptr
-        + batch.to(gl.int64) * num_blocks_strides[0]
-        + head.to(gl.int64) * num_blocks_strides[1]
-        + q_block.to(gl.int64) * num_blocks_strides[2]
-    )
-    indices_row = (
-        kv_indices_ptr
-        + batch.to(gl.int64) * indices_strides[0]
-        + head.to(gl.int64) * indices_strides[1]
-        + q_block.to(gl.int64) * indices_strides[2]
-    )
     tiles = gl.maximum(kept, 1)  # an empty row works on a tile in vain
 
     q_shared = gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HEAD_DIM], q.layout)
@@ -206,10 +227,7 @@ def hopper_fwd_kernel(
     acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
     out = warpgroup_mma_wait(0, deps=(acc_token,))
 
-    empty = kept == 0
-    lse = (running_max + gl.log2(running_sum)) * ln_2
-    lse = gl.where(empty, float("-inf"), lse)
-    scale = gl.where(empty, 0.0, 1.0 / running_sum)
+    lse, scale = lse_and_scale(running_max, running_sum, kept, ln_2)
     out = out * gl.convert_layout(scale, out_row_layout)[:, None]
 
     rows = q_start + gl.arange(0, ROWS, row_layout)
@@ -246,6 +264,33 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, shape, strides, block, layout)
 
 
+def list_arguments(
+    query: Tensor,
+    key: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    lse: Tensor,
+    order: Tensor | None,
+    scale: float,
+) -> dict[str, Any]:
+    """What both kernels are launched with, beside tensors by descriptor and their tiles."""
+    _, q_len, heads, head_dim = query.shape
+    return {
+        "lse_ptr": lse,
+        "kv_num_blocks_ptr": kv_num_blocks,
+        "kv_indices_ptr": kv_indices,
+        "order_ptr": order,
+        "num_blocks_strides": kv_num_blocks.stride(),
+        "indices_strides": kv_indices.stride(),
+        "heads": heads,
+        "q_len": q_len,
+        "kv_len": key.shape[1],
+        "scale_log2": scale * LOG2_E,
+        "ln_2": LN_2.value,
+        "HEAD_DIM": head_dim,
+    }
+
+
 def hopper_fwd(
     query: Tensor,
     key: Tensor,
@@ -261,26 +306,15 @@ def hopper_fwd(
     tile: Tile,
 ) -> None:
     """Fill `out` and `lse`. Arguments as checked and prepared by `block_sparse_fwd`."""
-    batch, q_len, heads, head_dim = query.shape
+    batch, q_len, heads, _ = query.shape
     q_blocks = -(-q_len // block_size[0])
     hopper_fwd_kernel[(q_blocks * (block_size[0] // tile.rows) * heads * batch,)](
         q=describe(query, tile.rows),
         k=describe(key, tile.columns),
         v=describe(value, tile.columns),
         out_ptr=out,
-        lse_ptr=lse,
-        kv_num_blocks_ptr=kv_num_blocks,
-        kv_indices_ptr=kv_indices,
-        order_ptr=order,
         out_strides=out.stride(),
-        num_blocks_strides=kv_num_blocks.stride(),
-        indices_strides=kv_indices.stride(),
-        heads=heads,
-        q_len=q_len,
-        kv_len=key.shape[1],
-        scale_log2=scale * LOG2_E,
-        ln_2=LN_2.value,
-        HEAD_DIM=head_dim,
+        **list_arguments(query, key, kv_num_blocks, kv_indices, lse, order, scale),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         BLOCK_Q=block_size[0],

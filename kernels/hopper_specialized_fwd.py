@@ -22,8 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .dot import LN_2, LOG2_E
-from .hopper_fwd import describe, load, softmax
+from .hopper_fwd import describe, list_arguments, list_of_row, load, lse_and_scale, softmax
 from .tiles import Tile
 
 # Triton 3.9 has renamed it.
@@ -164,10 +163,7 @@ def consume(
     acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc_token,))
 
-    empty = kept == 0
-    lse = (running_max + gl.log2(running_sum)) * ln_2
-    lse = gl.where(empty, float("-inf"), lse)
-    scale = gl.where(empty, 0.0, 1.0 / running_sum)
+    lse, scale = lse_and_scale(running_max, running_sum, kept, ln_2)
     acc = acc * gl.convert_layout(scale, out_row_layout)[:, None]
 
     rows = q_start + HALF * ROWS + gl.arange(0, ROWS, row_layout)
@@ -224,22 +220,12 @@ def hopper_specialized_fwd_kernel(
 
     # The first loads start here, before the warps part.
     q_blocks = (q_len + 127) // 128
-    q_block, head, batch = row % q_blocks, row // q_blocks % heads, row // q_blocks // heads
+    q_block, head, batch, kept, indices_row = list_of_row(
+        row, q_blocks, heads, kv_num_blocks_ptr, kv_indices_ptr, num_blocks_strides, indices_strides
+    )
     q_start = q_block * 128
     load(q, batch, head, q_start, q_shared, q_full, 0, True)
     load(q, batch, head, q_start + 64, q_shared, q_full, 1, True)
-    kept = gl.load(
-        kv_num_blocks_ptr
-        + batch.to(gl.int64) * num_blocks_strides[0]
-        + head.to(gl.int64) * num_blocks_strides[1]
-        + q_block.to(gl.int64) * num_blocks_strides[2]
-    )
-    indices_row = (
-        kv_indices_ptr
-        + batch.to(gl.int64) * indices_strides[0]
-        + head.to(gl.int64) * indices_strides[1]
-        + q_block.to(gl.int64) * indices_strides[2]
-    )
     # That of the first tile, which needs no `kept`; those of empty rows are 0.
     start = gl.load(indices_row).to(gl.int32) * 128
     load(k, batch, head, start, k_shared, k_full, 0, True)
@@ -277,24 +263,13 @@ def hopper_specialized_fwd(
     tile: Tile,
 ) -> None:
     """Fill `out` and `lse`. Arguments as checked and prepared by `block_sparse_fwd`."""
-    batch, q_len, heads, head_dim = query.shape
+    batch, q_len, heads, _ = query.shape
     hopper_specialized_fwd_kernel[(-(-q_len // BLOCK) * heads * batch,)](
         q=describe(query, ROWS),
         k=describe(key, BLOCK),
         v=describe(value, BLOCK),
         out=describe(out, ROWS),
-        lse_ptr=lse,
-        kv_num_blocks_ptr=kv_num_blocks,
-        kv_indices_ptr=kv_indices,
-        order_ptr=order,
-        num_blocks_strides=kv_num_blocks.stride(),
-        indices_strides=kv_indices.stride(),
-        heads=heads,
-        q_len=q_len,
-        kv_len=key.shape[1],
-        scale_log2=scale * LOG2_E,
-        ln_2=LN_2.value,
-        HEAD_DIM=head_dim,
+        **list_arguments(query, key, kv_num_blocks, kv_indices, lse, order, scale),
         STAGES=tile.num_stages,
         PRODUCER_REGISTERS=24,
         CONSUMER_REGISTERS=240,  # of the second; the first has the rest

@@ -147,10 +147,9 @@ def train_checker(path, vae, family, seconds, frames=17, size=128, batch=64, log
     checker = Checker()
     checker.load_state_dict({k: v.float() for k, v in kept.items()}, strict=False)
     checker.to(device)
-    trained = [x for name, x in checker.named_parameters() if name not in kept]
-    checker.requires_grad_(False)
-    for x in trained:
-        x.requires_grad_()
+    for name, weight in checker.named_parameters():
+        weight.requires_grad_(name not in kept)
+    trained = [weight for weight in checker.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, 3e-3, weight_decay=0.01)
     start, step, elapsed = time.monotonic(), 0, 0.0
     while elapsed < seconds:

@@ -73,7 +73,7 @@ def projections(query: Tensor, key: Tensor, dimensions: int) -> tuple[Tensor, Te
     """P and R, `(B, H, D, dimensions)`, with Q P (K R)^T as near to Q K^T as so few may be.
 
     Subspace iteration: Q^T Q K^T K turns any directions towards those that hold most of Q K^T,
-    8 times to within some percent of the best. Once the columns of K R are orthonormal, P = K^T K R.
+    8 times to within some percent of the best. With the columns of K R orthonormal, P = K^T K R.
     (Decomposed exactly, matrices of more than 32 rows go through a GPU one after the other.)
     """
     # Not a number: no reason to end a run, which it does not with other methods.
