@@ -6,7 +6,8 @@ One program is one row of the lists, and holds a multiprocessor alone. Its warps
   together. The softmax of one consumer runs beside its own P V and beside the other's products.
 
 A buffer has two barriers: `full` flips when its load is there, `free` when both consumers have
-read it.
+read it. The list is read backwards: the tile that the end of the keys can cut comes first, before
+the loop.
 
 Limits: those of hopper_fwd, and blocks of 128x128 only.
 """
@@ -35,12 +36,15 @@ MAX_REGISTERS = 168
 
 
 @gluon.jit
-def read_start(indices_row, stride, tile, last):
-    return gl.load(indices_row + gl.minimum(tile, last) * stride).to(gl.int32) * 128
+def read_index(indices_row, stride, tile, kept, tiles):
+    # Where the keys of a tile start; the list is walked backwards, an empty one reads block 0.
+    index = gl.load(indices_row + (tiles - 1 - tile) * stride, mask=tile < kept, other=0)
+    return index.to(gl.int32) * 128
 
 
 @gluon.jit
 def produce(
+    q,
     k,
     v,
     buffers,
@@ -50,55 +54,28 @@ def produce(
     STAGES: gl.constexpr,
 ):
     batch, head, q_start = place
-    indices_row, index_stride, start, last = listed
+    indices_row, index_stride, kept = listed
     q_shared, k_shared, v_shared = buffers
     q_full, k_full, k_free, v_full, v_free = barriers
-    ahead = read_start(indices_row, index_stride, 1, last)
-    for tile in range(1, last + 1):
+    tiles = gl.maximum(kept, 1)
+    load(q, batch, head, q_start, q_shared, q_full, 0, True)
+    load(q, batch, head, q_start + 64, q_shared, q_full, 1, True)
+    start = read_index(indices_row, index_stride, 0, kept, tiles)
+    load(k, batch, head, start, k_shared, k_full, 0, True)
+    ahead = read_index(indices_row, index_stride, 1, kept, tiles)
+    for tile in range(1, tiles):
         # Consumers free K[tile] before V[tile - 1]. A fresh barrier lets phase 1 pass.
         before, start = start, ahead
-        ahead = read_start(indices_row, index_stride, tile + 1, last)
+        ahead = read_index(indices_row, index_stride, tile + 1, kept, tiles)
         slot = tile % STAGES
         mbarrier.wait(k_free.index(slot), (tile // STAGES + 1) & 1)
         load(k, batch, head, start, k_shared, k_full, slot, True)
         slot = (tile - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((tile - 1) // STAGES + 1) & 1)
         load(v, batch, head, before, v_shared, v_full, slot, True)
-    slot = last % STAGES
-    mbarrier.wait(v_free.index(slot), (last // STAGES + 1) & 1)
+    slot = (tiles - 1) % STAGES
+    mbarrier.wait(v_free.index(slot), ((tiles - 1) // STAGES + 1) & 1)
     load(v, batch, head, start, v_shared, v_full, slot, True)
-
-
-@gluon.jit
-def advance(
-    tile, state, q_tile, buffers, barriers, no_scores, seen, scale_log2, STAGES: gl.constexpr
-):  # fmt: skip
-    # P V of this tile beside the exponentials of the next; `seen` are its columns, None is all.
-    acc, weights, running_max, running_sum = state
-    q_shared, k_shared, v_shared = buffers
-    q_full, k_full, k_free, v_full, v_free = barriers
-    HEAD_DIM: gl.constexpr = q_tile.shape[1]
-    slot, other = tile % STAGES, (tile + 1) % STAGES
-    mbarrier.wait(k_full.index(other), (tile + 1) // STAGES & 1)
-    k_tile = k_shared.index(other).reshape([128, HEAD_DIM]).permute([1, 0])
-    scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
-    v_tile = v_shared.index(slot).reshape([128, HEAD_DIM])
-    acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
-
-    scores = warpgroup_mma_wait(1, deps=(scores_token,))
-    mbarrier.arrive(k_free.index(other), count=1)
-    if seen is not None:
-        scores = gl.where(seen[None, :], scores, float("-inf"))
-    probs, rescale, running_max, running_sum = softmax(scores, scale_log2, running_max, running_sum)
-    # It has flipped already. ptxas moves the wait for products up to the last wait for a barrier:
-    # without this one the exponentials would begin when P V has ended.
-    mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
-    acc = warpgroup_mma_wait(0, deps=(acc_token,))
-    mbarrier.arrive(v_free.index(slot), count=1)
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
-    weights = gl.convert_layout(probs.to(q_tile.dtype), weights.type.layout)
-    return acc, weights, running_max, running_sum
 
 
 @gluon.jit
@@ -128,9 +105,10 @@ def consume(
     q_shared, k_shared, v_shared = buffers
     q_full, k_full, k_free, v_full, v_free = barriers
     batch, head, q_start = place
-    start, last_start, kept, q_len, kv_len, scale_log2, ln_2 = numbers
+    last_start, kept, q_len, kv_len, scale_log2, ln_2 = numbers
     dtype: gl.constexpr = q_shared.dtype
-    last = gl.maximum(kept, 1) - 1
+    tiles = gl.maximum(kept, 1)
+    last = tiles - 1
     q_tile = q_shared.index(HALF).reshape([ROWS, HEAD_DIM])
     no_scores = gl.full([ROWS, COLUMNS], 0.0, gl.float32, score_layout)
     running_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
@@ -144,19 +122,31 @@ def consume(
     scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_free.index(0), count=1)
-    scores = gl.where((start + columns < kv_len)[None, :], scores, float("-inf"))
+    scores = gl.where((last_start + columns < kv_len)[None, :], scores, float("-inf"))
     probs, rescale, running_max, running_sum = softmax(scores, scale_log2, running_max, running_sum)
     weights = gl.convert_layout(probs.to(dtype), probs_layout)
 
-    state = (acc, weights, running_max, running_sum)
-    for tile in range(0, last - 1):
-        state = advance(tile, state, q_tile, buffers, barriers, no_scores, None, scale_log2, STAGES)
-    # The last tile, the only one that the end of the keys can cut. A branch in the loop would cost
-    # every tile a selection of each score.
-    for tile in range(gl.maximum(last - 1, 0), last):
-        seen = last_start + columns < kv_len
-        state = advance(tile, state, q_tile, buffers, barriers, no_scores, seen, scale_log2, STAGES)
-    acc, weights, running_max, running_sum = state
+    for tile in range(0, last):
+        slot, other = tile % STAGES, (tile + 1) % STAGES
+        mbarrier.wait(k_full.index(other), (tile + 1) // STAGES & 1)
+        k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
+        scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
+        v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
+        acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
+
+        scores = warpgroup_mma_wait(1, deps=(scores_token,))
+        mbarrier.arrive(k_free.index(other), count=1)
+        probs, rescale, running_max, running_sum = softmax(
+            scores, scale_log2, running_max, running_sum
+        )
+        # It has flipped already. ptxas moves the wait for products up to the last wait for a
+        # barrier: without this one the exponentials would begin when P V has ended.
+        mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
+        acc = warpgroup_mma_wait(0, deps=(acc_token,))
+        mbarrier.arrive(v_free.index(slot), count=1)
+        acc = acc * gl.convert_layout(rescale, out_row_layout)[:, None]
+        weights = gl.convert_layout(probs.to(dtype), probs_layout)
 
     mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
     v_tile = v_shared.index(last % STAGES).reshape([COLUMNS, HEAD_DIM])
@@ -197,9 +187,16 @@ def hopper_specialized_fwd_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = q.dtype
+    q_blocks = (q_len + 127) // 128
     row = gl.program_id(0)
     if order_ptr is not None:
         row = gl.load(order_ptr + row)
+    q_block, head, batch, kept, indices_row = list_of_row(
+        row, q_blocks, heads, kv_num_blocks_ptr, kv_indices_ptr, num_blocks_strides, indices_strides
+    )
+    q_start = q_block * 128
+    last_start = read_index(indices_row, indices_strides[3], 0, kept, gl.maximum(kept, 1))
+    lse_row = lse_ptr + (batch.to(gl.int64) * heads + head) * q_len
 
     q_shared = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, HEAD_DIM], q.layout)
     k_shared = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 128, HEAD_DIM], k.layout)
@@ -218,31 +215,16 @@ def hopper_specialized_fwd_kernel(
         mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
 
-    # The first loads start here, before the warps part.
-    q_blocks = (q_len + 127) // 128
-    q_block, head, batch, kept, indices_row = list_of_row(
-        row, q_blocks, heads, kv_num_blocks_ptr, kv_indices_ptr, num_blocks_strides, indices_strides
-    )
-    q_start = q_block * 128
-    load(q, batch, head, q_start, q_shared, q_full, 0, True)
-    load(q, batch, head, q_start + 64, q_shared, q_full, 1, True)
-    # That of the first tile, which needs no `kept`; those of empty rows are 0.
-    start = gl.load(indices_row).to(gl.int32) * 128
-    load(k, batch, head, start, k_shared, k_full, 0, True)
-    last = gl.maximum(kept, 1) - 1
-    last_start = read_start(indices_row, indices_strides[3], last, last)
-    lse_row = lse_ptr + (batch.to(gl.int64) * heads + head) * q_len
-
     buffers = (q_shared, k_shared, v_shared)
     barriers = (q_full, k_full, k_free, v_full, v_free)
     place = (batch, head, q_start)
-    numbers = (start, last_start, kept, q_len, kv_len, scale_log2, ln_2)
-    listed = (indices_row, indices_strides[3], start, last)
+    numbers = (last_start, kept, q_len, kv_len, scale_log2, ln_2)
+    listed = (indices_row, indices_strides[3], kept)
     gl.warp_specialize(
         [
             (consume, (0, out, lse_row, buffers, barriers, place, numbers, STAGES)),
             (consume, (1, out, lse_row, buffers, barriers, place, numbers, STAGES)),
-            (produce, (k, v, buffers, barriers, place, listed, STAGES)),
+            (produce, (q, k, v, buffers, barriers, place, listed, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

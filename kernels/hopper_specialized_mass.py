@@ -5,7 +5,7 @@ A program is a tile of 128 queries, walks all keys and holds a multiprocessor al
 - two consumers, four warps with 64 queries each: the product of the next tile runs beside the
   exponentials of this one and beside the other consumer's.
 
-Sums stay within a warp, whose products hold 16 rows, or within a consumer: GROUP rows.
+A sum is over at most the 64 rows of a consumer.
 
 Limits: Hopper; bfloat16 and float16; head dim 64 or 128. Gluon does not run in Triton's
 interpreter; tests/gluon_on_cpu.py runs it without a GPU.
@@ -26,9 +26,9 @@ from .hopper_fwd import describe, load
 from .tiles import Tile
 
 ROWS = 64  # of a consumer
-GROUP = 16  # rows of a sum: those of a warp, or 64
-# 65,536 registers over 12 warps (the producer's warp group is filled up) in steps of 8.
-MAX_REGISTERS = 168
+# By columns of a tile: registers of a launch, and of the second consumer; the first has the rest.
+# 65,536 are there for 12 warps (the producer's warp group is filled up), or for twice as many.
+REGISTERS = {128: (168, 240), 64: (80, 104)}
 
 
 @gluon.jit
@@ -63,21 +63,26 @@ def end_product(token, tile, k_full, k_free, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def store_sums(
-    probs, mass_base, group_stride, first, tile, groups, spans,
-    GROUP: gl.constexpr, SPAN: gl.constexpr,
-):  # fmt: skip
-    # Sums over groups of rows and spans of columns
-    ROWS: gl.constexpr = probs.shape[0]
+def thread_sums(probs, SPAN: gl.constexpr):
+    # Of 16 rows and SPAN columns a thread holds rows 8 apart and pairs of columns 8 apart. The sum
+    # over the four threads of a row is here so that ptxas leaves the exponentials before the wait.
     PARTS: gl.constexpr = probs.shape[1] // SPAN
-    sums = gl.sum(gl.sum(probs.reshape([ROWS // GROUP, GROUP, PARTS, SPAN]), 3), 1)
+    probs = probs.reshape([probs.shape[0] // 16, 2, 8, PARTS, SPAN // 8, 4, 2])
+    return gl.sum(gl.sum(gl.sum(gl.sum(probs, 6), 4), 1), 3)
+
+
+@gluon.jit
+def store_sums(sums, mass_base, group_stride, first, tile, groups, spans, GROUP: gl.constexpr):
+    # The rest: over the rows of a warp, and over the warps of a group
+    sums = gl.sum(sums, 1)
+    sums = gl.sum(sums.reshape([sums.shape[0] * 16 // GROUP, GROUP // 16, sums.shape[1]]), 1)
     layout: gl.constexpr = sums.type.layout
-    group = first + gl.arange(0, ROWS // GROUP, gl.SliceLayout(1, layout))
-    span = tile * PARTS + gl.arange(0, PARTS, gl.SliceLayout(0, layout))
+    group = first + gl.arange(0, sums.shape[0], gl.SliceLayout(1, layout))
+    span = tile * sums.shape[1] + gl.arange(0, sums.shape[1], gl.SliceLayout(0, layout))
     gl.store(
         mass_base + group.to(gl.int64)[:, None] * group_stride + span[None, :],
         sums,
-        mask=(group < groups)[:, None] & (span < spans)[None, :],
+        mask=(group < groups)[:, None] & ((span >= 0) & (span < spans))[None, :],
     )
 
 
@@ -115,13 +120,15 @@ def consume(
     mbarrier.wait(q_full.index(HALF), 0)
     token = start_product(q_tile, 0, no_scores, k_shared, k_full)
     scores = end_product(token, 0, k_full, k_free, STAGES)
+    # Sums of a tile are finished beside the exponentials of the next one; these are not stored.
+    sums = thread_sums(scores, SPAN)
     # Two tiles a turn, so that scores need not move from one set of registers to another.
     for pair in range(0, tiles - 2, 2):
         for half in gl.static_range(2):
             tile = pair + half
             token = start_product(q_tile, tile + 1, no_scores, k_shared, k_full)
-            probs = gl.exp2(gl.fma(scores, scale_log2, -lse_log2[:, None]))
-            store_sums(probs, mass_base, group_stride, first, tile, groups, spans, GROUP, SPAN)
+            store_sums(sums, mass_base, group_stride, first, tile - 1, groups, spans, GROUP)
+            sums = thread_sums(gl.exp2(gl.fma(scores, scale_log2, -lse_log2[:, None])), SPAN)
             scores = end_product(token, tile + 1, k_full, k_free, STAGES)
     # The last two, which the end of the keys may cut. In the loop, even a branch would cost every
     # tile a selection of each score.
@@ -129,12 +136,13 @@ def consume(
         tile = tiles - 2 + half
         if half == 0:
             token = start_product(q_tile, tile + 1, no_scores, k_shared, k_full)
+        store_sums(sums, mass_base, group_stride, first, tile - 1, groups, spans, GROUP)
         seen = tile * COLUMNS + columns < kv_len
         scores = gl.where(seen[None, :], scores, float("-inf"))
-        probs = gl.exp2(gl.fma(scores, scale_log2, -lse_log2[:, None]))
-        store_sums(probs, mass_base, group_stride, first, tile, groups, spans, GROUP, SPAN)
+        sums = thread_sums(gl.exp2(gl.fma(scores, scale_log2, -lse_log2[:, None])), SPAN)
         if half == 0:
             scores = end_product(token, tile + 1, k_full, k_free, STAGES)
+    store_sums(sums, mass_base, group_stride, first, tiles - 1, groups, spans, GROUP)
 
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "groups", "spans"])
@@ -206,11 +214,12 @@ def hopper_specialized_mass(
     scale: float,
     tile: Tile,
 ) -> None:
-    """Fill `mass (B, H, Sq / group, Skv / span)`; `group` is at most `GROUP`.
+    """Fill `mass (B, H, Sq / group, Skv / span)`; `group` is at most 64.
 
     Arguments as checked and prepared by `block_mass`.
     """
     batch, q_len, heads, head_dim = query.shape
+    registers, second = REGISTERS[tile.columns]
     hopper_specialized_mass_kernel[(-(-q_len // (2 * ROWS)), heads, batch)](
         q=describe(query, ROWS),
         k=describe(key, tile.columns),
@@ -230,7 +239,7 @@ def hopper_specialized_mass(
         SPAN=span,
         STAGES=tile.num_stages,
         PRODUCER_REGISTERS=24,
-        CONSUMER_REGISTERS=240,  # of the second; the first has the rest
+        CONSUMER_REGISTERS=second,
         num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=registers,
     )

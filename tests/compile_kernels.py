@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from dit_sparse.kernels import dot, hopper_specialized_mass, tiles  # noqa: E402
+from dit_sparse.kernels import dot, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool, pool_keys_values  # noqa: E402
@@ -147,13 +148,8 @@ def gluon_mass_launches():
     for head_dim in (64, 128):
         x = torch.zeros(1, 512, 2, head_dim, dtype=torch.bfloat16)
         for tile in (tiles.Tile(128, 128, 8, 4, True), tiles.Tile(128, 64, 8, 4, True)):
-            for group in (16, 64):
-
-                def run(x=x, tile=tile, group=group):
-                    hopper_specialized_mass.GROUP = group
-                    block_mass(x, x, lse, block_size=(64, 64), tile=tile)
-
-                yield f"gluon mass d{head_dim} {tile[:4]} {group}", run
+            run = partial(block_mass, x, x, lse, block_size=(64, 64), tile=tile)
+            yield f"gluon mass d{head_dim} {tile[:4]}", run
 
 
 def is_serialized(ptx: str) -> bool:

@@ -315,7 +315,7 @@ def gluon_mass_tiles(case: Case) -> list[Tile]:
     """The tiles with which Gluon serves exact mass of `case`, none where it does not."""
     if case.head_dim not in (64, 128) or case.dtype == FP32:
         return []
-    return [Tile(128, 128, 8, 3, True), Tile(128, 64, 8, 4, True)]
+    return [Tile(128, 128, 8, 4, True), Tile(128, 64, 8, 4, True)]
 
 
 def check_mass(case: Case, device: str, tile: Tile | None = None) -> dict[str, float]:
