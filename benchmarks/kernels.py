@@ -544,16 +544,16 @@ def check_cases(bench: Bench) -> None:
 
 
 def check_gluon(bench: Bench) -> None:
-    """The cases that the Gluon kernel serves. Run it alone under `timeout`: a barrier may hang."""
-    from kernel_cases import CASES, check_attention, gluon_tile
+    """The cases that Gluon kernels serve. Run it alone under `timeout`: a barrier may hang."""
+    from kernel_cases import CASES, check_attention, check_mass, gluon_mass_tiles, gluon_tile
 
     for case in CASES:
-        tile = gluon_tile(case)
-        if tile is None:
-            continue
-
-        check = partial(check_attention, case, "cuda", tile)
-        run_case(bench, "gluon case", case.name, check)
+        if tile := gluon_tile(case):
+            check = partial(check_attention, case, "cuda", tile)
+            run_case(bench, "gluon case", case.name, check)
+        for tile in gluon_mass_tiles(case):
+            check = partial(check_mass, case, "cuda", tile)
+            run_case(bench, "gluon mass case", f"{case.name} {tuple(tile[:4])}", check)
 
 
 def run_case(bench: Bench, kind: str, name: str, check: Callable[[], dict[str, float]]) -> None:
@@ -617,7 +617,7 @@ def main() -> None:
     if not options.gluon_cases:
         time_all(bench, options)
     bench.save()
-    wrong = wrong_cases(bench, *SEARCH_CASES, "gluon case")
+    wrong = wrong_cases(bench, *SEARCH_CASES, "gluon case", "gluon mass case")
     summary = {"complete": bench.complete, "records": len(bench.records), "wrong": wrong}
     print(json.dumps(summary | {"run": bench.runs[-1]}))
     if wrong:

@@ -27,7 +27,7 @@ from .dot import (
     padded_head_dim,
     tile_scores,
 )
-from .tiles import MASS, Tile, launch, tile_for
+from .tiles import MASS, Tile, gluon_runs, launch, tile_for
 
 
 @triton.jit
@@ -129,6 +129,7 @@ def block_mass(
     *,
     block_size: tuple[int, int],
     scale: float | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Softmax mass that the queries of each q block put on each kv block.
 
@@ -139,6 +140,7 @@ def block_mass(
             earlier step; rows of -inf count nothing.
         block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
         scale: softmax scale, 1 / sqrt(D) by default.
+        tile: instead of the one in the shipped table.
 
     Returns:
         `(B, H, Nq, Nkv)` in float32.
@@ -162,13 +164,19 @@ def block_mass(
     def run(tile: Tile) -> None:
         nonlocal mass
         rows, columns = tile.rows, tile.columns
-        group, span = min(block_q, rows), min(block_kv, columns)  # parts are summed afterwards
+        # Parts are summed afterwards; the warps of the Gluon kernel have 64 rows in common.
+        group, span = min(block_q, 64 if tile.gluon else rows), min(block_kv, columns)
         q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
         shape = q_blocks * (block_q // group), kv_blocks * (block_kv // span)
         # Tiles past the end of the last, short block are not run: they must read 0 in the sum.
         whole = q_tiles * (rows // group) >= shape[0] and kv_tiles * (columns // span) >= shape[1]
         allocate = torch.empty if whole else torch.zeros
         mass = allocate((batch, heads, *shape), dtype=torch.float32, device=query.device)
+        if tile.gluon:
+            from .hopper_specialized_mass import hopper_specialized_mass
+
+            parts = {"group": group, "span": span, "scale": scale, "tile": tile}
+            return hopper_specialized_mass(query, key, lse, mass, **parts)
         block_mass_kernel[(q_tiles, heads, batch)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
@@ -195,9 +203,11 @@ def block_mass(
             num_stages=tile.num_stages,
         )
 
-    key_of = ("block_mass", query.device, query.dtype, dim, block_size)
+    # What the Gluon kernel serves: 16 bits, whole head dims.
+    gluon = descriptors and head_dim in (64, 128) and gluon_runs(query.device)
+    tile = tile or tile_for(MASS, query.device, path, dim, (128, 128), gluon)
     with torch.cuda.device_of(query):
-        launch(key_of, tile_for(MASS, query.device, path, dim, (128, 128)), run)
+        launch(("block_mass", query.device, query.dtype, dim, block_size), tile, run)
     if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
     return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))

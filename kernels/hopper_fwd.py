@@ -85,6 +85,39 @@ def softmax(scores, scale_log2, running_max, running_sum):
     return probs, rescale, new_max, running_sum * rescale + gl.sum(probs, 1)
 
 
+@gluon.jit
+def advance(tile, state, q_tile, k, v, shared, ready, listed, no_scores, seen, scale_log2):
+    # P V of this tile beside the exponentials of the next; `seen` are its columns, None is all.
+    acc, weights, running_max, running_sum, start_2 = state
+    k_shared, v_shared = shared
+    k_ready, v_ready = ready
+    batch, head, indices_row, index_stride, last = listed
+    STAGES: gl.constexpr = k_shared.shape[0]
+    COLUMNS: gl.constexpr = k_shared.shape[3]
+    HEAD_DIM: gl.constexpr = k_shared.shape[4]
+    # start_2 belongs to tile + 2, ahead to tile + 3
+    ahead = gl.load(indices_row + gl.minimum(tile + 3, last) * index_stride)
+    slot, other = tile % STAGES, (tile + 1) % STAGES
+    mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)
+    k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
+    scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)
+    v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
+    acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
+
+    scores = warpgroup_mma_wait(1, deps=(scores_token,))
+    next_start = ahead.to(gl.int32) * COLUMNS
+    load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 <= last)
+    if seen is not None:
+        scores = gl.where(seen[None, :], scores, float("-inf"))
+    probs, rescale, running_max, running_sum = softmax(scores, scale_log2, running_max, running_sum)
+    acc = warpgroup_mma_wait(0, deps=(acc_token,))
+    load(v, batch, head, start_2, v_shared, v_ready, slot, tile + 2 <= last)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
+    weights = gl.convert_layout(probs.to(k.dtype), weights.type.layout)
+    return acc, weights, running_max, running_sum, next_start
+
+
 @gluon.jit(do_not_specialize=["heads", "q_len", "kv_len"])
 def hopper_fwd_kernel(
     q,
@@ -173,30 +206,21 @@ def hopper_fwd_kernel(
     probs, rescale, running_max, running_sum = softmax(scores, scale_log2, running_max, running_sum)
     weights = gl.convert_layout(probs.to(dtype), probs_layout)
 
-    for tile in range(0, last):
-        # start_2 belongs to tile + 2, ahead to tile + 3
-        ahead = gl.load(indices_row + gl.minimum(tile + 3, last) * indices_strides[3])
-        slot, other = tile % STAGES, (tile + 1) % STAGES
-        mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)
-        k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
-        scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)
-        v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
-        acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
-
-        scores = warpgroup_mma_wait(1, deps=(scores_token,))
-        next_start = ahead.to(gl.int32) * COLUMNS
-        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)
-        if tile + 1 == last:  # the only tile that the end of the keys can cut
-            scores = gl.where((last_start + columns < kv_len)[None, :], scores, float("-inf"))
-        probs, rescale, running_max, running_sum = softmax(
-            scores, scale_log2, running_max, running_sum
+    shared, ready = (k_shared, v_shared), (k_ready, v_ready)
+    listed = (batch, head, indices_row, indices_strides[3], last)
+    state = (acc, weights, running_max, running_sum, start_2)
+    for tile in range(0, last - 1):
+        state = advance(
+            tile, state, q_tile, k, v, shared, ready, listed, no_scores, None, scale_log2
         )
-        acc = warpgroup_mma_wait(0, deps=(acc_token,))
-        load(v, batch, head, start_2, v_shared, v_ready, slot, tile + 2 < tiles)
-        acc = acc * gl.convert_layout(rescale, out_row_layout)[:, None]
-        weights = gl.convert_layout(probs.to(dtype), probs_layout)
-        start_2 = next_start
+    # The last tile, the only one that the end of the keys can cut. A branch in the loop would cost
+    # every tile a selection of each score.
+    for tile in range(gl.maximum(last - 1, 0), last):
+        seen = last_start + columns < kv_len
+        state = advance(
+            tile, state, q_tile, k, v, shared, ready, listed, no_scores, seen, scale_log2
+        )
+    acc, weights, running_max, running_sum, start_2 = state
 
     mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
     v_tile = v_shared.index(last % STAGES).reshape([COLUMNS, HEAD_DIM])

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -142,6 +143,15 @@ def gluon_launches():
             )
 
 
+def gluon_mass_launches():
+    lse = torch.zeros(1, 2, 512)
+    for head_dim in (64, 128):
+        x = torch.zeros(1, 512, 2, head_dim, dtype=torch.bfloat16)
+        for tile in (tiles.Tile(128, 128, 8, 4, True), tiles.Tile(128, 64, 8, 4, True)):
+            run = partial(block_mass, x, x, lse, block_size=(64, 64), tile=tile)
+            yield f"gluon mass d{head_dim} {tile[:4]}", run
+
+
 def is_serialized(ptx: str) -> bool:
     """Whether ptxas says that it lets no two matrix products overlap.
 
@@ -186,7 +196,7 @@ def main() -> None:
     eight_bits = ("int8", "fp8") if target.backend == "cuda" and target.arch >= 89 else ("int8",)
     chosen = list(launches(arguments.all, eight_bits))
     if arguments.gluon:
-        chosen = list(gluon_launches())
+        chosen = [*gluon_launches(), *gluon_mass_launches()]
     if arguments.only:
         chosen = [launch for launch in chosen if launch[0] in arguments.only]
     for name, call in chosen:

@@ -311,7 +311,14 @@ def check_8_bits(case: Case, device: str, precision: str) -> dict[str, float]:
     return errors
 
 
-def check_mass(case: Case, device: str) -> dict[str, float]:
+def gluon_mass_tiles(case: Case) -> list[Tile]:
+    """The tiles with which Gluon serves exact mass of `case`, none where it does not."""
+    if case.head_dim not in (64, 128) or case.dtype == FP32:
+        return []
+    return [Tile(128, 128, 8, 4, True), Tile(128, 64, 8, 4, True)]
+
+
+def check_mass(case: Case, device: str, tile: Tile | None = None) -> dict[str, float]:
     """Run `block_mass` on `case` with the exact and with a stale LSE.
 
     The limit is that of the float64 mass from the low-precision product, twice, + 1e-5 of a block.
@@ -337,7 +344,9 @@ def check_mass(case: Case, device: str) -> dict[str, float]:
         given[:, 0, 0] = float("-inf") if name == "stale" else given[:, 0, 0]
         used = given.double().masked_fill(given == float("-inf"), float("inf"))
         want = fold(exact, used)
-        mass = block_mass(query, key, given, block_size=case.block_size, scale=case.scale)
+        mass = block_mass(
+            query, key, given, block_size=case.block_size, scale=case.scale, tile=tile
+        )
         assert mass.shape == want.shape and mass.dtype == torch.float32
         errors[name] = max_error(mass, want)
         limit = 2 * max_error(fold(product, used), want) + 1e-5 * block_q

@@ -9,7 +9,15 @@ import kernel_cases
 import pytest
 import torch
 import triton
-from kernel_cases import CASES, Case, check_attention, gluon_tile, to_lists
+from kernel_cases import (
+    CASES,
+    Case,
+    check_attention,
+    check_mass,
+    gluon_mass_tiles,
+    gluon_tile,
+    to_lists,
+)
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     pytest.skip("Gluon is of Triton 3.6", allow_module_level=True)
@@ -18,7 +26,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from gluon_on_cpu import Emulated  # noqa: E402
 
-from dit_sparse.kernels import hopper_fwd, hopper_specialized_fwd  # noqa: E402
+from dit_sparse.kernels import (  # noqa: E402
+    hopper_fwd,
+    hopper_specialized_fwd,
+    hopper_specialized_mass,
+)
 
 SERVED = [case for case in CASES if gluon_tile(case)]
 
@@ -73,12 +85,20 @@ def test_indices_of_a_list_may_lie_apart(monkeypatch, module):
     check_attention(case, "cpu", gluon_tile(case))
 
 
-LOAD_K = "        load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 < tiles)\n"
-LOAD_V = "        load(v, batch, head, start_2, v_shared, v_ready, slot, tile + 2 < tiles)\n"
-WAIT_SCORES = "        scores = warpgroup_mma_wait(1, deps=(scores_token,))\n"
-WAIT_ACC = "        acc = warpgroup_mma_wait(0, deps=(acc_token,))\n"
-WAIT_K = "        mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)\n"
-WAIT_V = "        mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)\n"
+@pytest.mark.parametrize("case", filter(gluon_mass_tiles, CASES), ids=lambda case: case.name)
+def test_mass_by_warp_groups_matches_the_dense_softmax(monkeypatch, case):
+    kernel = Emulated(hopper_specialized_mass, "hopper_specialized_mass_kernel")
+    monkeypatch.setattr(hopper_specialized_mass, "hopper_specialized_mass_kernel", kernel)
+    for tile in gluon_mass_tiles(case):
+        check_mass(case, "cpu", tile)
+
+
+LOAD_K = "    load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 <= last)\n"
+LOAD_V = "    load(v, batch, head, start_2, v_shared, v_ready, slot, tile + 2 <= last)\n"
+WAIT_SCORES = "    scores = warpgroup_mma_wait(1, deps=(scores_token,))\n"
+WAIT_ACC = "    acc = warpgroup_mma_wait(0, deps=(acc_token,))\n"
+WAIT_K = "    mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)\n"
+WAIT_V = "    mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)\n"
 
 
 @pytest.mark.parametrize(
@@ -87,11 +107,12 @@ WAIT_V = "        mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)\n"
         (WAIT_K, "", "second copy"),
         (WAIT_V, "", "second copy"),
         (WAIT_V, WAIT_V.replace("tile //", "1 + tile //"), "second copy"),
-        (LOAD_K, LOAD_K.replace("tiles)", "0)"), "waits for ever"),
+        (LOAD_K, LOAD_K.replace("tile + 3 <= last", "tile < 0"), "waits for ever"),
         (WAIT_SCORES, WAIT_SCORES.replace("(1,", "(2,"), "not waited for"),
         (WAIT_ACC + LOAD_V, LOAD_V + WAIT_ACC, "overwritten"),
-        ("tile + 3 < tiles", "tile + 2 < tiles", "ends before"),
-        ("if tile + 1 == last:", "if tile == last:", "LSE"),
+        ("tile + 3 <= last", "tile + 2 <= last", "ends before"),
+        ("last_start + columns < kv_len", "last_start + columns < kv_len + 64", "LSE"),
+        ("gl.minimum(tile + 3, last)", "gl.minimum(tile + 2, last)", "output"),
     ],
 )
 def test_it_sees_what_goes_wrong(monkeypatch, tmp_path, before, after, told):

@@ -26,6 +26,7 @@ from kernel_cases import (  # noqa: E402
     check_tail,
     check_top_k,
     draw,
+    gluon_mass_tiles,
     gluon_tile,
     to_lists,
 )
@@ -344,6 +345,14 @@ def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluo
     assert tiles.tile_for(*asked) == other
 
 
+def test_exact_mass_runs_in_gluon_at_head_dim_128_on_hopper(monkeypatch):
+    monkeypatch.setattr(tiles, "family", lambda device: "hopper")
+    for head_dim, gluon in ((128, True), (64, False)):
+        asked = tiles.MASS, torch.device("cpu"), "descriptor", head_dim, (128, 128)
+        assert tiles.tile_for(*asked, gluon=True).gluon is gluon
+        assert not tiles.tile_for(*asked).gluon
+
+
 def test_gluon_is_for_hopper_alone(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(tiles.dot, "INTERPRETING", False)
@@ -501,6 +510,15 @@ def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
     if NOT_HOPPER:
         pytest.skip("needs Hopper")
     check_attention(case, DEVICE, gluon_tile(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", filter(gluon_mass_tiles, CASES), ids=lambda case: case.name)
+def test_the_gluon_kernel_of_exact_mass_is_right(case):
+    if NOT_HOPPER:
+        pytest.skip("needs Hopper")
+    for tile in gluon_mass_tiles(case):
+        check_mass(case, DEVICE, tile)
 
 
 @pytest.mark.parametrize("target", ["sm_86", "gfx942"])
