@@ -548,7 +548,7 @@ def test_kernels_on_an_h200():
 
 
 def test_searches():
-    records = [r for r in result("kernels_h200")["records"] if r["run"] == 2]
+    records = [r for r in result("kernels_h200")["records"] if r["run"] == 3]
     rows = {
         "exact block mass": ["block_mass"],
         "mass of sampled rows": ["sampled_mass"],
@@ -604,16 +604,16 @@ def test_blocks_of_128_beside_flash_attn_4():
     busy = [
         {r["engine"]: r for r in group}
         for group in group_by(
-            (r for r in result("kernels_h200")["records"] if r["run"] == 3 and "busy_ms" in r),
+            (r for r in result("kernels_h200")["records"] if r["run"] in (2, 4) and "busy_ms" in r),
             lambda r: (r["shape"], r.get("mask"), r.get("density")),
         )
     ]
     pairs = [(of["fa4"], of["triton"]) for of in busy if {"fa4", "triton"} <= set(of)]
     ratios = [fa4["busy_ms"] / ours["busy_ms"] for fa4, ours in pairs]
-    assert len(pairs) == 8 and {ours["density"] for _, ours in pairs} == {0.1}
+    assert len(pairs) == 10 and {ours["density"] for _, ours in pairs} == {0.1, 0.2}
     assert f"ours is {min(ratios):.2f} to {max(ratios):.2f} there" in page
     waits = [1 - of["busy_ms"] / of["ms"] for pair in pairs for of in pair]
-    assert 0.16 < min(waits) and max(waits) < 0.34
+    assert 0.08 < min(waits) and max(waits) < 0.24
 
 
 def test_cases_of_kernels_on_an_h200():
@@ -634,19 +634,11 @@ def test_kernels_that_were_tried():
     def told(found):
         return f"{min(found):.2f} to {max(found):.2f}"
 
-    now = [
-        shares(1, "block_mass (64, 64, 4, 1)", "wan")
-        + shares(1, "block_mass (128, 64, 4, 3)", "cog"),
-        shares(1, "sampled_mass (128, 128, 8, 3)", "wan")
-        + shares(1, "sampled_mass (128, 64, 4, 3)", "cog"),
-    ]
-    then = [
-        shares(0, name, "wan") + shares(0, name, "cog") for name in ("block_mass", "sampled_mass")
-    ]
-    assert [len(found) for found in now + then] == [8] * 4
-    assert "{} and {} of".format(*map(told, now)) in text("docs/performance.md")
-    assert "{} and {}".format(*map(told, then)) in text("docs/performance.md")
-    assert "exact mass is {}, sampled mass {} at Wan".format(*map(told, now)) in page
+    now = shares(1, "sampled_mass (128, 128, 8, 3)", "wan")
+    now += shares(1, "sampled_mass (128, 64, 4, 3)", "cog")
+    then = shares(0, "sampled_mass", "wan") + shares(0, "sampled_mass", "cog")
+    assert len(now) == len(then) == 8
+    assert f"{told(now)} of cuDNN's in place of {told(then)}" in page
 
     def gain(run, ours, other):
         times = {
@@ -664,14 +656,50 @@ def test_kernels_that_were_tried():
     assert f"{gain(2, 'hopper_fwd, second wait', 'hopper_fwd')}: not taken" in page
 
 
+def test_last_tile_after_the_loop_and_mass_by_warp_groups():
+    page, large, small = text("docs/log.md"), list(SHAPES.values())[:2], ["cogvideox-5b"]
+    ms = {
+        (r["run"], r["engine"], r["shape"], r["block"][0], r.get("density")): r["ms"]
+        for r in result("tiles_h200")["records"]
+        if r["run"] > 3 and "block" in r
+    }
+
+    def gain(other, ours, shapes, *blocks):
+        pairs = [key for key in ms if key[1] == ours and key[2] in shapes and key[3] in blocks]
+        found = [ms[key[0], other, *key[2:]] / ms[key] for key in pairs]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    before, after = "forward, main", "forward, next"
+    found = gain(before, after, small, 64, 128), gain(before, after, large, 64)
+    assert "{} at CogVideoX, {} with blocks of 64 at head dim 128: taken".format(*found) in page
+    assert f"density 0.1 | {gain(before, after, large, 128)}: not taken" in page
+    special = [gain(after, f"forward specialised, next, {n} stages", small, 128) for n in (2, 3)]
+    assert f"{special[1][:4]} to {special[0][-4:]} of `hopper_fwd`: not taken" in page
+
+    sums = "mass (128, 128, 8, 4), sums over {}"
+    told = "within a warp: {:.1f} ms at Wan, {:.1f} at CogVideoX; over 64: {:.1f} and {:.1f}"
+    shapes = "wan-1.3b", "cogvideox-5b"
+    found = [ms[4, sums.format(rows), shape, 64, None] for rows in (16, 64) for shape in shapes]
+    assert told.format(*found) in page
+    tiles = "(128, 128, 8, 4, True)", "(128, 64, 8, 4, True)"
+    wan, cog = (ms[5, f"block_mass {tile}", s, 64, None] for tile, s in zip(tiles, shapes))
+    assert f"{wan:.1f} ms at Wan with tiles of 128x128, {cog:.1f} at CogVideoX" in page
+    triton = ms[5, "block_mass (128, 64, 4, 3, False)", "cogvideox-5b", 64, None]
+    share = f"takes {cog / triton:.2f} of its time"
+    assert share in page
+    assert f"Gluon's, the default since, {share}" in text("docs/performance.md")
+
+
 def test_counters():
     kernels = {"Gluon": "gluon", "Triton": "triton", "flash-attn-4": "fa4", "FP8": "fp8"}
-    kernels |= {"tail_fwd": "tail", "block_mass": "mass"}
+    kernels |= {"tail_fwd": "tail", "block_mass": "mass", "sampled_mass": "sampled mass"}
     columns = "tensor", "l2", "exponentials", "issued", "memory"
     records = result("counters_h200")["records"]
     for name, cells in table("docs/log.md", "kernel, blocks").items():
-        kernel, block = name.split(", ")
-        case = f"wan-1.3b {kernels[kernel]} {block.split()[-1]}"
+        kernel, block = name.removesuffix(" (Triton)").split(", ")
+        kernel, _, model = kernel.partition(" at ")
+        shape = "cogvideox-5b" if model else "wan-1.3b"
+        case = f"{shape} {kernels[kernel]} {block.split()[-1]}"
         longest = max((r for r in records if r["case"] == case), key=lambda r: r["us"])
         assert are(cells, *(longest[column] for column in columns))
 
@@ -769,6 +797,7 @@ def shares_beside(schedule, stock, model):
         for record in result("kernels_h200")["records"]
         if (record["shape"], record["engine"]) == (SHAPES[model], "triton")
         if (record["block"], record["density"], record["mask"]) == ([64, 64], 0.1, "random")
+        if record["run"] < 3  # the kernels with which steps were timed
     )
     layers = {"wan-1.3b": 30, "hunyuanvideo-720p": 60}[SHAPES[model]]
     steps = schedule["steps"]

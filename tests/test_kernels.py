@@ -345,11 +345,11 @@ def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluo
     assert tiles.tile_for(*asked) == other
 
 
-def test_exact_mass_runs_in_gluon_at_head_dim_128_on_hopper(monkeypatch):
+def test_exact_mass_runs_in_gluon_on_hopper(monkeypatch):
     monkeypatch.setattr(tiles, "family", lambda device: "hopper")
-    for head_dim, gluon in ((128, True), (64, False)):
+    for head_dim, columns in ((128, 128), (64, 64)):
         asked = tiles.MASS, torch.device("cpu"), "descriptor", head_dim, (128, 128)
-        assert tiles.tile_for(*asked, gluon=True).gluon is gluon
+        assert tiles.tile_for(*asked, gluon=True) == (128, columns, 8, 4, True)
         assert not tiles.tile_for(*asked).gluon
 
 

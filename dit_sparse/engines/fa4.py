@@ -50,8 +50,8 @@ def unfit(problem) -> str | None:
 
 
 def is_faster(problem) -> bool:
-    """Where it beat our Triton kernels when both were measured, and can run."""
-    measured = problem.block_size == (128, 128) and problem.head_dim in (64, 128)
+    """Where it beat our kernels when both were measured, and can run."""
+    measured = problem.block_size == (128, 128) and problem.head_dim == 128
     return measured and unfit(problem) is None and missing(problem.device) is None
 
 
