@@ -47,7 +47,9 @@ def used_engine(engines: dict[str, str]) -> str:
     """What engine="auto" takes; each is checked at its first use."""
     if engines["triton"] != "ready":
         return "torch"
-    return "triton" if engines["fa4"] != "ready" else "fa4 for blocks of 128 tokens at head dim 128, else triton"
+    if engines["fa4"] != "ready":
+        return "triton"
+    return "fa4 for blocks of 128 tokens at head dim 128, else triton"
 
 
 def box_state() -> str:

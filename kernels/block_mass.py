@@ -27,7 +27,7 @@ from .dot import (
     padded_head_dim,
     tile_scores,
 )
-from .tiles import MASS, Tile, gluon_runs, launch, tile_for
+from .tiles import MASS, Tile, gluon_runs, launch, rows_of
 
 
 @triton.jit
@@ -205,7 +205,8 @@ def block_mass(
 
     # What the Gluon kernel serves: 16 bits, whole head dims.
     gluon = descriptors and head_dim in (64, 128) and gluon_runs(query.device)
-    tile = tile or tile_for(MASS, query.device, path, dim, (128, 128), gluon)
+    rows = rows_of(MASS, query.device, path)[dim]
+    tile = tile or next(tile for tile in rows if gluon or not tile.gluon)
     with torch.cuda.device_of(query):
         launch(("block_mass", query.device, query.dtype, dim, block_size), tile, run)
     if mass.shape[2:] == (q_blocks, kv_blocks):

@@ -814,6 +814,9 @@ def test_what_the_boxes_follow(box):
     row = {"wan_tiny_lora": "wan_tiny_lora, 4 steps"}.get(box, box)
     told = rows[row.replace("_true_cfg", ", guidance of two calls")]
     assert told[2:5] == [f"{share:.0%}" for share in found]
+    if "%" in told[5]:
+        masked = list(result(f"prompt_check_{box}_text_masked")["accuracy"].values())[:3]
+        assert told[5] == "{:.0f}, {:.0f}, {:.0f}%".format(*(100 * share for share in masked))
     assert "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * x for x in found)) in text("docs/limits.md")
 
 
@@ -842,3 +845,6 @@ def test_what_larger_boxes_attend_to():
     window, early, pooled = (points(of[f"mean_{name}"] for of in found) for name in names)
     assert f"window misses {window} points" in page and f"mask {early} by the end" in page
     assert pooled == "1, 1 and 1"
+    lost = [of["layers_that_lose_5_points_by_density"]["pooled"] for of in found]
+    lost = [{density: len(layers) for density, layers in of.items() if layers} for of in lost]
+    assert lost == [{}, {}, {"0.05": 1}]

@@ -1,5 +1,6 @@
 """The Triton kernels against a float64 oracle: natively on a GPU, else in the interpreter."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from dit_sparse import BlockMask, reference  # noqa: E402
 from dit_sparse.engines import triton_engine  # noqa: E402
+from dit_sparse.kernels import block_mass as block_mass_module  # noqa: E402
 from dit_sparse.kernels import block_sparse_fwd as fwd  # noqa: E402
 from dit_sparse.kernels import dot, tiles  # noqa: E402
 from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
@@ -345,12 +347,26 @@ def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluo
     assert tiles.tile_for(*asked) == other
 
 
-def test_exact_mass_runs_in_gluon_on_hopper(monkeypatch):
+@pytest.mark.parametrize(
+    "head_dim, dtype, tile",
+    [
+        (128, torch.bfloat16, (128, 128, 8, 4, True)),
+        (64, torch.bfloat16, (128, 64, 8, 4, True)),
+        (96, torch.bfloat16, (64, 64, 4, 1, False)),
+        (64, FP32, (32, 32, 8, 2, False)),
+    ],
+)
+def test_exact_mass_runs_in_gluon_on_hopper(monkeypatch, head_dim, dtype, tile):
+    taken = []
     monkeypatch.setattr(tiles, "family", lambda device: "hopper")
-    for head_dim, columns in ((128, 128), (64, 64)):
-        asked = tiles.MASS, torch.device("cpu"), "descriptor", head_dim, (128, 128)
-        assert tiles.tile_for(*asked, gluon=True) == (128, columns, 8, 4, True)
-        assert not tiles.tile_for(*asked).gluon
+    path = "float32" if dtype == FP32 else "descriptor"
+    monkeypatch.setattr(block_mass_module, "load_path", lambda *tensors: path)
+    monkeypatch.setattr(block_mass_module, "gluon_runs", lambda device: True)
+    monkeypatch.setattr(block_mass_module, "launch", lambda key, tile, run: taken.append(tile))
+    x = torch.zeros(1, 64, 1, head_dim, dtype=dtype)
+    with contextlib.suppress(IndexError):  # nothing ran, so there is no mass to fold
+        block_mass(x, x, torch.zeros(1, 1, 64), block_size=(64, 64))
+    assert taken == [tile]
 
 
 def test_gluon_is_for_hopper_alone(monkeypatch):
