@@ -256,6 +256,72 @@ def test_runs_with_other_settings_beside_it_leave_the_tuning_of_a_killed_run(tmp
     assert [density for density, _ in tunes.seen] == [0.5]
 
 
+class Scores:
+    """Stands in for `Runner.score`; the setting at `kill_at` is killed, all others are `seen`."""
+
+    def __init__(self, monkeypatch, kill_at):
+        self.seen, self.kill_at, real = [], kill_at, pareto.Runner.score
+
+        def score(runner, method, config, **more):
+            if len(self.seen) + 1 == self.kill_at:
+                self.kill_at = None
+                raise KeyboardInterrupt
+            self.seen.append((method, config, *more))
+            return real(runner, method, config, **more)
+
+        monkeypatch.setattr(pareto.Runner, "score", score)
+
+
+def test_what_a_killed_run_has_scored_of_a_method_is_kept(tmp_path, monkeypatch):
+    out, scores = tmp_path / "pareto.json", Scores(monkeypatch, kill_at=2)
+    claimed = [*arguments(out, "adaspa", "window"), "--claims", str(tmp_path / "claims")]
+    with pytest.raises(KeyboardInterrupt):
+        pareto.main(claimed)
+    (kept,) = json.loads(out.read_text())["records"]
+    assert kept.pop("unfinished") and len(scores.seen) == 1
+    for _ in range(2):
+        pareto.main(claimed)
+    records = json.loads(out.read_text())["records"]
+    assert records[0] == kept and not any("unfinished" in record for record in records)
+    assert len(records) == len(scores.seen) == len(set(scores.seen))
+    assert [r["method"] for r in records if r.get("published")] == ["adaspa"]
+    assert not [*tmp_path.glob("tuned-*")]
+
+
+def test_what_a_killed_run_has_scored_of_another_file_is_kept(tmp_path, monkeypatch):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
+    place = {"pipeline": tiny_folder().name, "method": "window"}
+    settings = [
+        place | {"config": method_class("window")(density=density).to_dict(), "budgets": [density]}
+        for density in (0.2, 0.3, 0.5)
+    ]
+    begun = {"method": "random", "unfinished": True}
+    chosen.write_text(json.dumps({"records": [*settings, settings[0] | begun]}))
+    scores = Scores(monkeypatch, kill_at=2)
+    given = [*arguments(out, "window", "random"), "--settings-of", str(chosen)]
+    with pytest.raises(KeyboardInterrupt):
+        pareto.main(given)
+    for _ in range(2):
+        pareto.main(given)
+    assert [config.density for _, config, *_ in scores.seen] == [0.2, 0.3, 0.5]
+    records = json.loads(out.read_text())["records"]
+    assert [r["budgets"] for r in records] == [[0.2], [0.3], [0.5]]
+    assert not any("unfinished" in record for record in records)
+
+
+def test_a_method_that_another_file_has_finished_is_joined(tmp_path):
+    place = {"pipeline": "a", "size": "b"}
+    window, random = place | {"method": "window"}, place | {"method": "random"}
+    begun = {"unfinished": True}
+    made = {"environment": {"commit": "c", "gpu": None}, "settings": {}, "lines": {}}
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(made | {"records": [window, window, random | begun]}))
+    result = made | {"records": [random, window | begun]}
+    pareto.join(result, path)
+    assert [r["method"] for r in result["records"]] == ["random", "window", "window"]
+    assert not pareto.unfinished(result)
+
+
 def test_a_method_whose_records_could_not_be_written_is_not_done(tmp_path, monkeypatch):
     """Its tuning is there still, and its claim is free."""
     out, tunes = tmp_path / "pareto.json", Tunes(monkeypatch, kill_at=None)
