@@ -114,6 +114,16 @@ def test_videos_in_parts_are_the_same(tmp_path, monkeypatch):
     assert two.effective_cost == pytest.approx(one.effective_cost, abs=1e-3)
 
 
+def test_the_peak_of_the_cache_is_that_of_the_largest_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "AT_ONCE", 2)
+    peaks = {}
+    for prompts in "1", "2", "3":
+        out = tmp_path / f"{prompts}.json"
+        pareto.main([*arguments(out, "adaspa"), "--prompts", prompts])
+        peaks[prompts] = [r["peak_cache_bytes"] for r in json.loads(out.read_text())["records"]]
+    assert peaks["3"] == peaks["2"] != peaks["1"]
+
+
 def test_processes_on_one_gpu_are_timed_one_at_a_time(tmp_path):
     lock = tmp_path / "gpu.lock"
     with pareto.gpu_of(lock), pareto.gpu_of(lock):
