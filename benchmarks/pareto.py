@@ -7,8 +7,9 @@ Every method sweeps as many settings on tuning prompts, warm-up x density (or wh
 as `swept`) x searches x how these are spaced, judged by the error of the final latents; for each
 budget its best setting is run on other prompts and scored. Published settings are run as they are
 (hollow points). Resumable: a method that is in the file with the same grid is left out, what it has
-of another grid, or of settings that it is no longer tuned over, is replaced, and a killed run's
-tuning lies beside the results and goes on. All prompts and seeds of a setting go in one batch. With
+of another grid, or of settings that it is no longer tuned over, is replaced, and of a killed run
+all goes on: its tuning lies beside the results, its records in them, `unfinished` until those of
+their method are all there. All prompts and seeds of a setting go in one batch. With
 `accelerate launch --multi_gpu --num_processes N` before it the processes share the methods.
 
 What would mislead: small models on drawn videos; PSNR is dominated by the first steps; Sparse-vDiT
@@ -140,22 +141,24 @@ class Runner:
                 undo.enter_context(compiled_blocks(self.pipe.transformer))
             yield handle
 
-    def generate(self, clips, output_type, seed_offset=0, alone=False, **changes):
+    def generate(self, clips, output_type, seed_offset=0, alone=False, after=None, **changes):
+        """Of all batches; after each, `after` is called."""
         generators = [
             torch.Generator().manual_seed(i % clips.seeds + seed_offset)
             for i in range(len(clips.prompts))
         ]
         with torch.no_grad(), gpu_of(self.args.lock, alone):
-            start = time.perf_counter()  # not while it waits for the GPU
-            frames = [
-                self.pipe(
+            start, frames = time.perf_counter(), []  # not while it waits for the GPU
+            for i in range(0, len(generators), AT_ONCE):
+                made = self.pipe(
                     clips.prompts[i : i + AT_ONCE],
                     generator=generators[i : i + AT_ONCE],
                     output_type=output_type,
                     **self.call | changes,
-                ).frames
-                for i in range(0, len(generators), AT_ONCE)
-            ]
+                )
+                frames.append(made.frames)
+                if after is not None:
+                    after()
             if self.device == "cuda":
                 torch.cuda.synchronize()
             self.seconds = time.perf_counter() - start
@@ -169,10 +172,10 @@ class Runner:
         frames = self.generate(clips, "pt", **options)  # (N, T, 3, H, W)
         return frames.permute(0, 1, 3, 4, 2).float()
 
-    def timed(self, clips):
+    def timed(self, clips, **options):
         """Seconds inside self-attention, search included, of one generation; and its frames."""
         with attention_clock(self.device) as total:
-            frames = self.frames(clips, alone=True)
+            frames = self.frames(clips, alone=True, **options)
             return total(), frames
 
     def tune(self, config):
@@ -185,10 +188,13 @@ class Runner:
 
     def score(self, method, config, **more):
         """One record: the method on the test prompts."""
+        peaks = []  # a report is of the last batch
         with self.enabled(config) as handle:
             # compiles what batches of this size need, in few steps
             self.generate(self.test, "latent", num_inference_steps=8)
-            seconds, frames = self.timed(self.test)
+            seconds, frames = self.timed(
+                self.test, after=lambda: peaks.append(handle.report().peak_cache_bytes)
+            )
             report, grid = handle.report(), handle._installed[0].state.call.grid
         blocks = block_of_tokens(grid, config.order, config.block_size)
         each = self.pipe.vae_scale_factor_temporal
@@ -206,7 +212,7 @@ class Runner:
             "kept_mass": kept_mass,
             "velocity_error": velocity_error,
             "seams": None if None in edges else edges[0] / max(edges[1], 1e-9),
-            "peak_cache_bytes": report.peak_cache_bytes,
+            "peak_cache_bytes": max(peaks),
             **more,
         }
 
@@ -445,22 +451,40 @@ def tune_all(runner, path, configs):
 def given_settings(path, runner, method):
     """(budgets, config) of what another file chose for this pipeline."""
     for record in json.loads(path.read_text())["records"]:
-        if (record["pipeline"], record["method"]) == (runner.name, method) and "budgets" in record:
+        if (record["pipeline"], record["method"]) != (runner.name, method):
+            continue
+        if "budgets" in record and "unfinished" not in record:  # else others will be missing
             yield record["budgets"], method_class(method)(**record["config"])
 
 
-def run_method(runner, method, budgets, grid):
-    """All records of a method on one pipeline, each with the grid that it was chosen from."""
-    given, cls, records = runner.args.settings_of, method_class(method), []
+def scored_settings(runner, method, budgets, grid):
+    """(config, what its record says beside its figures), with the grid that it was chosen from."""
+    given, cls = runner.args.settings_of, method_class(method)
     found = given_settings(given, runner, method) if given else ()
     for of_budgets, config in found or tuned_settings(runner, method, budgets, grid):
-        records.append(runner.score(method, config, budgets=of_budgets, grid=grid))
-        say(records[-1])
+        yield config, {"budgets": of_budgets, "grid": grid}
     published = {} if given else {json.dumps(o): o for o in cls.published.values()}
     for options in published.values():
-        records.append(runner.score(method, cls(**options), published=True, grid=grid))
+        yield cls(**options), {"published": True, "grid": grid}
+
+
+def run_method(runner, method, budgets, grid, begun):
+    """The records of a method on one pipeline, whenever there is one more, and at the end.
+
+    Args:
+        begun: what a killed run has of them.
+    """
+    records, missing = [], []
+    for config, more in scored_settings(runner, method, budgets, grid):
+        told = more | {"config": json.loads(json.dumps(config.to_dict()))}
+        found = [record for record in begun if record | told == record]
+        records += found
+        missing += [] if found else [(config, more)]
+    for config, more in missing:
+        records.append(runner.score(method, config, **more))
         say(records[-1])
-    return records
+        yield [record | {"unfinished": True} for record in records]
+    yield [{k: v for k, v in record.items() if k != "unfinished"} for record in records]
 
 
 def say(record):
@@ -596,8 +620,10 @@ def join(result, path):
     if other["settings"] != result["settings"]:
         raise SystemExit(f"{path} was made with other settings than the --out file")
     have = {key(record) for record in result["records"]}
+    finished = have - unfinished(result)
     made = {name: other["environment"][name] for name in ("commit", "gpu")}
-    result["records"] += [made | r for r in other["records"] if key(r) not in have]
+    rest = (r for r in other["records"] if key(r) not in (have if "unfinished" in r else finished))
+    put_in(result, [made | record for record in rest])
     result["lines"] = other["lines"] | result["lines"]
     result.setdefault("environment", other["environment"])
 
@@ -626,6 +652,11 @@ def put_in(result, records):
     """In the place of what there is of the same methods."""
     new = {key(record) for record in records}
     result["records"] = [r for r in result["records"] if key(r) not in new] + records
+
+
+def unfinished(result):
+    """Keys of the methods that a killed run has begun."""
+    return {key(record) for record in result["records"] if "unfinished" in record}
 
 
 def key(record):
@@ -726,6 +757,7 @@ def main(arguments=None):
     methods, failed = args.method or list(available_methods()), []
     again = stale(result["records"], grid, tuned=not args.settings_of)
     done = {key(record) for record in result["records"]} - {key(record) for record in again}
+    done -= unfinished(result)
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         place = runner.name, runner.size
@@ -741,8 +773,11 @@ def main(arguments=None):
                     if not ours:  # also where it was done over another grid
                         print(f"{method} on {runner.name}: claimed in {args.claims}", flush=True)
                         continue
-                    put_in(own, run_method(runner, method, args.budgets, grid))
-                    save(path, own)  # before the claim is done, and its tuning gone
+                    begun = [r for r in result["records"] if key(r) == (*place, method)]
+                    begun = [record for record in begun if "unfinished" in record]
+                    for records in run_method(runner, method, args.budgets, grid, begun):
+                        put_in(own, records)
+                        save(path, own)  # before the claim is done, and its tuning gone
                     if not args.settings_of:
                         tuned_file(runner, method).unlink(missing_ok=True)
             except Exception as error:  # the others go on

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config_file import use_config
-from .failure import FAILURE, USAGE, told
+from .failure import FAILURE, USAGE, output_told, told
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -745,7 +745,8 @@ def show_figures(figures: dict[str, list[float]], columns: list[str], as_json: b
 def main() -> None:
     # Two tokenizer threads that outlive a fork only print a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(prog_name="dit-sparse")
+    with output_told():
+        app(prog_name="dit-sparse")
 
 
 if __name__ == "__main__":

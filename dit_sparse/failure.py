@@ -30,6 +30,24 @@ def told(code: int, debug: bool, kept: Callable[[], str] = str) -> Iterator[None
         stop(f"Error: {sentence(error)} {kept()}", code)
 
 
+@contextmanager
+def output_told() -> Iterator[None]:
+    """Turn an output that cannot be written, as on a full disk, into a sentence and a code."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # or Python does so at its end, when nothing can be told
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+        ended = error.__context__
+        if not isinstance(ended, SystemExit) or not ended.code:  # else a sentence is there
+            print(f"Error: the output is cut off: {error}.", file=sys.stderr)
+        sys.exit(FAILURE)
+
+
 def stop(text: str, code: int) -> NoReturn:
     print(text.strip(), file=sys.stderr)
     raise typer.Exit(code)

@@ -228,6 +228,7 @@ def hopper_fwd_kernel(
     out = warpgroup_mma_wait(0, deps=(acc_token,))
 
     lse, scale = lse_and_scale(running_max, running_sum, kept, ln_2)
+    out = gl.where(kept == 0, 0.0, out)  # an empty row has read a block that may hold NaN
     out = out * gl.convert_layout(scale, out_row_layout)[:, None]
 
     rows = q_start + gl.arange(0, ROWS, row_layout)

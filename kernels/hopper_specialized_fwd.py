@@ -154,6 +154,7 @@ def consume(
     acc = warpgroup_mma_wait(0, deps=(acc_token,))
 
     lse, scale = lse_and_scale(running_max, running_sum, kept, ln_2)
+    acc = gl.where(kept == 0, 0.0, acc)  # an empty row has read a block that may hold NaN
     acc = acc * gl.convert_layout(scale, out_row_layout)[:, None]
 
     rows = q_start + HALF * ROWS + gl.arange(0, ROWS, row_layout)

@@ -273,14 +273,17 @@ def check_pipeline(pipe, checker, call, count=50):
     )
     found = predict(checker, first)
     shuffled = [accuracy(found, labels.roll(k, 0)) for k in range(1, count)]
-    chance = {a: sum(x[a] for x in shuffled) / len(shuffled) for a in shuffled[0]}
+    chance = None  # one prompt has no other to be shuffled with
+    if shuffled:
+        means = {a: sum(x[a] for x in shuffled) / len(shuffled) for a in shuffled[0]}
+        chance = {a: round(value, 4) for a, value in means.items()}
     both = torch.cat([found, predict(checker, second)])
     report = {
         "prompts": count,
         "accuracy": accuracy(found, labels),
         "accuracy_held_out": accuracy(found[held], labels[held]),
         "accuracy_two_seeds": accuracy(both, labels.repeat(2, 1)),
-        "accuracy_shuffled_prompts": {k: round(v, 4) for k, v in chance.items()},
+        "accuracy_shuffled_prompts": chance,
         "checker_on_drawn_clips": score_drawn(
             checker, *first.shape[1:4:2], device=next(checker.parameters()).device
         ),
@@ -317,6 +320,8 @@ def main():
     add("--mask-text", action="store_true", help="HunyuanVideo and CogVideoX: hide the text keys")
     add("--sheet", type=Path, help="contact sheet; default: beside the report")
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error(f"--prompts is at least 1, got {args.prompts}")
 
     from dit_sparse.loading import load_pipeline
 

@@ -217,6 +217,19 @@ def test_a_failure_in_the_run_tells_what_was_kept(tmp_path, monkeypatch, error, 
     assert len(list(tmp_path.glob("*.mp4"))) == 1
 
 
+@pytest.mark.parametrize("arguments", ["methods", "methods --json", "doctor --json", "--help"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full_is_told(arguments):
+    command = [sys.executable, "-m", "dit_sparse", *arguments.split()]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            command, cwd=Path(__file__).parents[1], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert run.returncode == 1
+    (line,) = (line for line in run.stderr.splitlines() if "torch" not in line)
+    assert line.startswith("Error: the output is cut off: [Errno 28]")
+
+
 def test_out_of_memory_in_the_attention_keeps_what_was_compared(tmp_path, monkeypatch):
     real, calls = step.sparse_attention, iter(range(1000))
 

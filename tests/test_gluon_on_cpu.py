@@ -85,6 +85,22 @@ def test_indices_of_a_list_may_lie_apart(monkeypatch, module):
     check_attention(case, "cpu", gluon_tile(case))
 
 
+@pytest.mark.parametrize("module", [hopper_fwd, hopper_specialized_fwd])
+def test_an_empty_row_is_0_also_where_the_first_block_is_not_finite(monkeypatch, module):
+    name = module.__name__.rpartition(".")[2] + "_kernel"
+    monkeypatch.setattr(module, name, Emulated(module, name))
+    block = 128 if module is hopper_specialized_fwd else 64
+    case = Case("", q_len=2 * block, kv_len=2 * block, block_size=(block, block), kept="last")
+    query, key, value, blocks, _ = kernel_cases.draw(case, "cpu")
+    key[:, 0], value[:, 1], value[:, 2] = torch.nan, torch.nan, torch.inf
+    blocks[:, :, 0] = False
+    out, lse = kernel_cases.block_sparse_fwd(
+        query, key, value, *to_lists(blocks), block_size=case.block_size, tile=gluon_tile(case)
+    )
+    assert (out[:, :block] == 0).all() and lse[:, :, :block].isneginf().all()
+    assert out[:, block:].isfinite().all() and lse[:, :, block:].isfinite().all()
+
+
 @pytest.mark.parametrize("case", filter(gluon_mass_tiles, CASES), ids=lambda case: case.name)
 def test_mass_by_warp_groups_matches_the_dense_softmax(monkeypatch, case):
     kernel = Emulated(hopper_specialized_mass, "hopper_specialized_mass_kernel")

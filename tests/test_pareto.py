@@ -114,6 +114,16 @@ def test_videos_in_parts_are_the_same(tmp_path, monkeypatch):
     assert two.effective_cost == pytest.approx(one.effective_cost, abs=1e-3)
 
 
+def test_the_peak_of_the_cache_is_that_of_the_largest_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "AT_ONCE", 2)
+    peaks = {}
+    for prompts in "1", "2", "3":
+        out = tmp_path / f"{prompts}.json"
+        pareto.main([*arguments(out, "adaspa"), "--prompts", prompts])
+        peaks[prompts] = [r["peak_cache_bytes"] for r in json.loads(out.read_text())["records"]]
+    assert peaks["3"] == peaks["2"] != peaks["1"]
+
+
 def test_processes_on_one_gpu_are_timed_one_at_a_time(tmp_path):
     lock = tmp_path / "gpu.lock"
     with pareto.gpu_of(lock), pareto.gpu_of(lock):
@@ -254,6 +264,72 @@ def test_runs_with_other_settings_beside_it_leave_the_tuning_of_a_killed_run(tmp
     tunes.seen.clear()
     pareto.main(wider)
     assert [density for density, _ in tunes.seen] == [0.5]
+
+
+class Scores:
+    """Stands in for `Runner.score`; the setting at `kill_at` is killed, all others are `seen`."""
+
+    def __init__(self, monkeypatch, kill_at):
+        self.seen, self.kill_at, real = [], kill_at, pareto.Runner.score
+
+        def score(runner, method, config, **more):
+            if len(self.seen) + 1 == self.kill_at:
+                self.kill_at = None
+                raise KeyboardInterrupt
+            self.seen.append((method, config, *more))
+            return real(runner, method, config, **more)
+
+        monkeypatch.setattr(pareto.Runner, "score", score)
+
+
+def test_what_a_killed_run_has_scored_of_a_method_is_kept(tmp_path, monkeypatch):
+    out, scores = tmp_path / "pareto.json", Scores(monkeypatch, kill_at=2)
+    claimed = [*arguments(out, "adaspa", "window"), "--claims", str(tmp_path / "claims")]
+    with pytest.raises(KeyboardInterrupt):
+        pareto.main(claimed)
+    (kept,) = json.loads(out.read_text())["records"]
+    assert kept.pop("unfinished") and len(scores.seen) == 1
+    for _ in range(2):
+        pareto.main(claimed)
+    records = json.loads(out.read_text())["records"]
+    assert records[0] == kept and not any("unfinished" in record for record in records)
+    assert len(records) == len(scores.seen) == len(set(scores.seen))
+    assert [r["method"] for r in records if r.get("published")] == ["adaspa"]
+    assert not [*tmp_path.glob("tuned-*")]
+
+
+def test_what_a_killed_run_has_scored_of_another_file_is_kept(tmp_path, monkeypatch):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
+    place = {"pipeline": tiny_folder().name, "method": "window"}
+    settings = [
+        place | {"config": method_class("window")(density=density).to_dict(), "budgets": [density]}
+        for density in (0.2, 0.3, 0.5)
+    ]
+    begun = {"method": "random", "unfinished": True}
+    chosen.write_text(json.dumps({"records": [*settings, settings[0] | begun]}))
+    scores = Scores(monkeypatch, kill_at=2)
+    given = [*arguments(out, "window", "random"), "--settings-of", str(chosen)]
+    with pytest.raises(KeyboardInterrupt):
+        pareto.main(given)
+    for _ in range(2):
+        pareto.main(given)
+    assert [config.density for _, config, *_ in scores.seen] == [0.2, 0.3, 0.5]
+    records = json.loads(out.read_text())["records"]
+    assert [r["budgets"] for r in records] == [[0.2], [0.3], [0.5]]
+    assert not any("unfinished" in record for record in records)
+
+
+def test_a_method_that_another_file_has_finished_is_joined(tmp_path):
+    place = {"pipeline": "a", "size": "b"}
+    window, random = place | {"method": "window"}, place | {"method": "random"}
+    begun = {"unfinished": True}
+    made = {"environment": {"commit": "c", "gpu": None}, "settings": {}, "lines": {}}
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(made | {"records": [window, window, random | begun]}))
+    result = made | {"records": [random, window | begun]}
+    pareto.join(result, path)
+    assert [r["method"] for r in result["records"]] == ["random", "window", "window"]
+    assert not pareto.unfinished(result)
 
 
 def test_a_method_whose_records_could_not_be_written_is_not_done(tmp_path, monkeypatch):

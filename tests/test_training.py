@@ -176,6 +176,22 @@ def test_a_report_of_prompts_that_all_ask_no_speed_leaves_speed_out(module, monk
     assert list(report["accuracy_shuffled_prompts"]) == ["colour", "shape", "direction"]
 
 
+def test_a_report_of_one_prompt_knows_no_chance(module, monkeypatch):
+    check = module("prompt_check")
+    monkeypatch.setattr(check, "generate", lambda *_: torch.rand(1, 5, 3, 32, 32))
+    monkeypatch.setattr(check, "score_drawn", lambda *_, **__: {})
+    report, _ = check.check_pipeline(None, check.Checker(), {}, 1)
+    assert report["accuracy_shuffled_prompts"] is None and report["prompts"] == 1
+    assert report["accuracy"] == report["accuracy_held_out"]
+
+
+def test_a_report_of_no_prompt_is_refused(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prompt_check.py", "--prompts", "0"])
+    with pytest.raises(SystemExit):
+        module("prompt_check").main()
+    assert "--prompts is at least 1, got 0" in capsys.readouterr().err
+
+
 def test_solids_without_a_sheet_say_what_is_missing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["solids.py"])
     with pytest.raises(SystemExit):
