@@ -686,6 +686,23 @@ def test_last_tile_after_the_loop_and_mass_by_warp_groups():
     assert f"Gluon's, the default since, {share}" in text("docs/performance.md")
 
 
+def test_a_residual_that_goes_on_changing():
+    found, page = result("forecast"), text("docs/log.md")
+    share = {
+        (r["layer"], r["after_refresh_at"]): r["error_energy_it_removes"]
+        for r in found["outputs"]
+        if r["best_factor"] is not None
+    }
+    first = sorted(x for (layer, _), x in share.items() if layer < 3)
+    assert f"{100 * first[1]:.0f} to {100 * first[-1]:.0f}% off" in page and first[0] < 0.02
+    last = max(x for (layer, _), x in share.items() if layer > 2)
+    assert f"takes off {100 * last:.0f}% at most" in page
+    told = table("docs/log.md", "small Wan", "PSNR, five prompts")
+    videos = [v for v in found["videos"] if v["prompts"] == "five"]
+    rows = [[f"{v['psnr']:.1f}", f"{v['effective_cost']:.2f}"] for v in videos]
+    assert sorted(told.values()) == sorted(rows)
+
+
 def test_counters():
     kernels = {"Gluon": "gluon", "Triton": "triton", "flash-attn-4": "fa4", "FP8": "fp8"}
     kernels |= {"tail_fwd": "tail", "block_mass": "mass", "sampled_mass": "sampled mass"}
