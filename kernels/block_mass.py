@@ -1,4 +1,4 @@
-"""Exact softmax mass of every (q block, kv block), one Triton kernel.
+"""Exact softmax mass of every (q block, kv block), one kernel: Triton, on Hopper in Gluon.
 
     mass[n, m] = sum of exp(scale * q[i] . k[j] - lse[i]),   i in q block n, j in kv block m
 
@@ -27,7 +27,7 @@ from .dot import (
     padded_head_dim,
     tile_scores,
 )
-from .tiles import MASS, Tile, gluon_runs, launch, rows_of
+from .tiles import MASS, Tile, gluon_runs, launch, tile_for
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def block_mass(
             earlier step; rows of -inf count nothing.
         block_size: `(block_q, block_kv)` in tokens, each 32, 64 or 128.
         scale: softmax scale, 1 / sqrt(D) by default.
-        tile: instead of the one in the shipped table.
+        tile: instead of the one in the shipped table, for benchmarks; not checked.
 
     Returns:
         `(B, H, Nq, Nkv)` in float32.
@@ -164,7 +164,7 @@ def block_mass(
     def run(tile: Tile) -> None:
         nonlocal mass
         rows, columns = tile.rows, tile.columns
-        # Parts are summed afterwards; the warps of the Gluon kernel have 64 rows in common.
+        # Parts are summed afterwards; a consumer of the Gluon kernel sums over its own 64 rows.
         group, span = min(block_q, 64 if tile.gluon else rows), min(block_kv, columns)
         q_tiles, kv_tiles = triton.cdiv(q_len, rows), triton.cdiv(kv_len, columns)
         shape = q_blocks * (block_q // group), kv_blocks * (block_kv // span)
@@ -205,10 +205,10 @@ def block_mass(
 
     # What the Gluon kernel serves: 16 bits, whole head dims.
     gluon = descriptors and head_dim in (64, 128) and gluon_runs(query.device)
-    rows = rows_of(MASS, query.device, path)[dim]
-    tile = tile or next(tile for tile in rows if gluon or not tile.gluon)
+    of = MASS, query.device, path, dim, (128, 128)
     with torch.cuda.device_of(query):
-        launch(("block_mass", query.device, query.dtype, dim, block_size), tile, run)
+        key_of = ("block_mass", query.device, query.dtype, dim, block_size)
+        launch(key_of, tile or tile_for(*of, gluon, False), run, instead=tile_for(*of))
     if mass.shape[2:] == (q_blocks, kv_blocks):
         return mass
     return mass.unflatten(3, (kv_blocks, -1)).unflatten(2, (q_blocks, -1)).sum((3, 5))

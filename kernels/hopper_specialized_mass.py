@@ -1,6 +1,7 @@
 """block_mass for Hopper in Gluon with a task for each warp group, as in hopper_specialized_fwd.
 
-A program is a tile of 128 queries, walks all keys and holds a multiprocessor alone. Its warps are
+A program is a tile of 128 queries and walks all keys; it holds a multiprocessor alone with tiles of
+128x128, two share one with 128x64. Its warps are
 - a producer, one warp: loads keys into STAGES buffers;
 - two consumers, four warps with 64 queries each: the product of the next tile runs beside the
   exponentials of this one and beside the other consumer's.

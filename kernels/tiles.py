@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
-    gluon: bool = False  # instead of Triton; one whole kv block a tile
+    gluon: bool = False  # instead of Triton; of a forward one whole kv block a tile
 
     def within(self, block_size: tuple[int, int]) -> "Tile":
         rows, columns = min(self.rows, block_size[0]), min(self.columns, block_size[1])
@@ -205,7 +205,7 @@ def family(device: torch.device) -> str:
 
 @functools.cache
 def gluon_runs(device: torch.device) -> bool:
-    """Whether the Gluon kernel may be tried: wgmma is Hopper's alone, and Gluon changes quickly."""
+    """Whether a Gluon kernel may be tried: wgmma is Hopper's alone, and Gluon changes quickly."""
     if dot.INTERPRETING or torch.version.hip or device.type != "cuda":
         return False
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -225,27 +225,32 @@ def tile_for(
     head_dim: int,
     block_size: tuple[int, int],
     gluon: bool = False,
+    whole_blocks: bool = True,
 ) -> Tile:
     """The tile of the table for tensors of this padded head dim in blocks of `block_size`.
 
     Args:
-        gluon: whether tiles for the Gluon kernel may be taken.
+        gluon: whether tiles for a Gluon kernel may be taken.
+        whole_blocks: of these only such as hold one whole kv block, as the forward needs.
     """
     tiles = [tile for tile in rows_of(table, device, path)[head_dim] if gluon or not tile.gluon]
     for tile in tiles:
-        whole = tile.columns == block_size[1] or not tile.gluon
+        whole = tile.columns == block_size[1] or not (tile.gluon and whole_blocks)
         if tile.rows <= block_size[0] and whole:
             return tile.within(block_size)
     return tiles[-1].within(block_size)
 
 
-def launch(key: tuple, tile: Tile, run: Callable[[Tile], None]) -> None:
+def launch(
+    key: tuple, tile: Tile, run: Callable[[Tile], None], instead: Tile | None = None
+) -> None:
     """Call `run(tile)`; out of resources, retry with smaller tiles and remember what worked.
 
-    Whatever else the Gluon kernel fails with, in another version of Triton, Triton's own runs then.
+    Whatever else a Gluon kernel fails with, in another version of Triton, Triton's own runs then.
 
     Args:
         key: what decides how much the kernel needs: its name, device, dtype, head dim, block.
+        instead: of Triton, where Gluon fails; by default as large a tile of the same kernel.
     """
     tile = _refused.get((key, tile), tile)
     wanted = tile
@@ -256,7 +261,7 @@ def launch(key: tuple, tile: Tile, run: Callable[[Tile], None]) -> None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            smaller = tile.smaller()
+            smaller = instead if tile.gluon and instead else tile.smaller()
             if smaller is None or not (tile.gluon or isinstance(error, OutOfResources)):
                 raise
             logger.debug("%s with %s: %s", key[0], tile, error)

@@ -321,6 +321,8 @@ def test_triton_runs_where_gluon_fails_in_whatever_way(caplog):
         tiles.launch(("gluon",), tiles.Tile(64, 64, 4, 2, True), run)
     assert ran[1:] == [tiles.Tile(64, 64, 4, 2)] * 2
     assert caplog.text.count("does not run here") == 1
+    tiles.launch(("mass",), tiles.Tile(128, 64, 8, 4, True), run, tiles.Tile(128, 64, 4, 3))
+    assert ran[-1] == tiles.Tile(128, 64, 4, 3)
 
 
 def test_an_error_of_triton_is_not_hidden():
@@ -362,11 +364,13 @@ def test_exact_mass_runs_in_gluon_on_hopper(monkeypatch, head_dim, dtype, tile):
     path = "float32" if dtype == FP32 else "descriptor"
     monkeypatch.setattr(block_mass_module, "load_path", lambda *tensors: path)
     monkeypatch.setattr(block_mass_module, "gluon_runs", lambda device: True)
-    monkeypatch.setattr(block_mass_module, "launch", lambda key, tile, run: taken.append(tile))
+    monkeypatch.setattr(
+        block_mass_module, "launch", lambda key, tile, run, instead: taken.append((tile, instead))
+    )
     x = torch.zeros(1, 64, 1, head_dim, dtype=dtype)
     with contextlib.suppress(IndexError):  # nothing ran, so there is no mass to fold
         block_mass(x, x, torch.zeros(1, 1, 64), block_size=(64, 64))
-    assert taken == [tile]
+    assert [first for first, _ in taken] == [tile] and not taken[0][1].gluon
 
 
 def test_gluon_is_for_hopper_alone(monkeypatch):

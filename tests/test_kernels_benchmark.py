@@ -161,7 +161,9 @@ def test_tiles_of_a_search_are_swept_on_the_interpreter(tmp_path, monkeypatch):
 
     ran = []
     monkeypatch.setattr(kernels, "measure", lambda call: {"ms": 1.0, "sum": float(call().sum())})
-    monkeypatch.setattr(block_mass, "launch", lambda key, tile, run: (ran.append(tile), run(tile)))
+    monkeypatch.setattr(
+        block_mass, "launch", lambda key, tile, run, instead: (ran.append(tile), run(tile))
+    )
     q, lse = torch.randn(1, 130, 1, 64, dtype=torch.float16), torch.zeros(1, 1, 130)
     one, shape = bench(tmp_path), kernels.Shape("tiny", 1, 130, 64)
     call = kernels.partial(block_mass.block_mass, q, q, lse, block_size=(64, 64))
