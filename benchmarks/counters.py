@@ -58,7 +58,7 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
     from dit_sparse.block_mask import BlockMask
     from dit_sparse.engines import Problem, why_not
     from dit_sparse.kernels.block_mass import block_mass
-    from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
+    from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd
     from dit_sparse.kernels.sampled_mass import sampled_mass
     from dit_sparse.kernels.tiles import Tile
     from dit_sparse.tail import tail_attention
@@ -82,9 +82,8 @@ def kernels_at(shape: str) -> Iterator[tuple[str, Callable]]:
             return block_sparse_fwd(q, k, v, *lists, **options)
 
         plain = Tile(block, 64, 4, 3 if block == 64 else 2)
-        gluon = default_tile(q, k, v, blocks)
         yield f"triton {block}", lambda f=forward, t=plain: f(t)
-        yield f"gluon {block}", lambda f=forward, t=gluon: f(t)
+        yield f"gluon {block}", lambda f=forward: f()
         yield f"fp8 {block}", lambda f=forward: f(precision="fp8")
         if why_not("fa4", Problem(q.device, q.dtype, dim, blocks)) is None:
             yield f"fa4 {block}", lambda m=mask: sparse_attention(q, k, v, m, engine="fa4")

@@ -86,6 +86,21 @@ def softmax(scores, scale_log2, running_max, running_sum):
 
 
 @gluon.jit
+def start_products(tile, q_tile, weights, acc, no_scores, k_shared, v_shared, k_ready, v_ready):
+    # Q K of the next tile and P V of this one
+    STAGES: gl.constexpr = k_shared.shape[0]
+    COLUMNS: gl.constexpr = k_shared.shape[3]
+    HEAD_DIM: gl.constexpr = k_shared.shape[4]
+    slot, other = tile % STAGES, (tile + 1) % STAGES
+    mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)
+    k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
+    scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)
+    v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
+    return scores_token, warpgroup_mma(weights, v_tile, acc, is_async=True)
+
+
+@gluon.jit
 def advance(tile, state, q_tile, k, v, shared, ready, listed, no_scores, seen, scale_log2):
     # P V of this tile beside the exponentials of the next; `seen` are its columns, None is all.
     acc, weights, running_max, running_sum, start_2 = state
@@ -94,17 +109,12 @@ def advance(tile, state, q_tile, k, v, shared, ready, listed, no_scores, seen, s
     batch, head, indices_row, index_stride, last = listed
     STAGES: gl.constexpr = k_shared.shape[0]
     COLUMNS: gl.constexpr = k_shared.shape[3]
-    HEAD_DIM: gl.constexpr = k_shared.shape[4]
     # start_2 belongs to tile + 2, ahead to tile + 3
     ahead = gl.load(indices_row + gl.minimum(tile + 3, last) * index_stride)
     slot, other = tile % STAGES, (tile + 1) % STAGES
-    mbarrier.wait(k_ready.index(other), (tile + 1) // STAGES & 1)
-    k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
-    scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(slot), tile // STAGES & 1)
-    v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
-    acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
-
+    scores_token, acc_token = start_products(
+        tile, q_tile, weights, acc, no_scores, k_shared, v_shared, k_ready, v_ready
+    )
     scores = warpgroup_mma_wait(1, deps=(scores_token,))
     next_start = ahead.to(gl.int32) * COLUMNS
     load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 <= last)

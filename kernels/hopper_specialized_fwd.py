@@ -23,7 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_fwd import describe, list_arguments, list_of_row, load, lse_and_scale, softmax
+from .hopper_fwd import (
+    describe,
+    list_arguments,
+    list_of_row,
+    load,
+    lse_and_scale,
+    softmax,
+    start_products,
+)
 from .tiles import Tile
 
 # Triton 3.9 has renamed it.
@@ -128,13 +136,9 @@ def consume(
 
     for tile in range(0, last):
         slot, other = tile % STAGES, (tile + 1) % STAGES
-        mbarrier.wait(k_full.index(other), (tile + 1) // STAGES & 1)
-        k_tile = k_shared.index(other).reshape([COLUMNS, HEAD_DIM]).permute([1, 0])
-        scores_token = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
-        v_tile = v_shared.index(slot).reshape([COLUMNS, HEAD_DIM])
-        acc_token = warpgroup_mma(weights, v_tile, acc, is_async=True)
-
+        scores_token, acc_token = start_products(
+            tile, q_tile, weights, acc, no_scores, k_shared, v_shared, k_full, v_full
+        )
         scores = warpgroup_mma_wait(1, deps=(scores_token,))
         mbarrier.arrive(k_free.index(other), count=1)
         probs, rescale, running_max, running_sum = softmax(

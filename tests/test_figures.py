@@ -190,7 +190,7 @@ def test_over_200_videos():
         assert r["prompts"] * r["seeds"] == 200
         assert are(cells, r["psnr"], *(100 * r["prompt_following"][of] for of in asks), *last), name
         shapes[box, method, budget] = cells[2]
-    readme = " ".join(text("README.md").split())
+    readme = text("README.md")
     names = (
         ("auto", "0.2"),
         ("dense by another kernel", None),
@@ -568,13 +568,6 @@ def test_searches():
             assert are(re.findall(NUMBER, told[name][1 + place]), *shares)
 
 
-def group_by(records, key):
-    groups = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return groups.values()
-
-
 def test_blocks_of_128_beside_flash_attn_4():
     rates = {
         (r["shape"], r["mask"], r["density"], r["engine"]): r["tflops"]
@@ -589,7 +582,7 @@ def test_blocks_of_128_beside_flash_attn_4():
             ratios = [rates[*case, "triton"] / rates[*case, "fa4"] for case in cases]
             assert are(cell.split(" / "), *ratios)
             every += ratios
-    told, page = f"{min(every):.2f} to {max(every):.2f}", " ".join(text("docs/log.md").split())
+    told, page = f"{min(every):.2f} to {max(every):.2f}", text("docs/log.md")
     assert len(every) == 36 and f"{told} of flash-attn-4" in page
     wanted = [
         ratio >= (1.0 if name.endswith("aligned") else 0.97)
@@ -598,14 +591,12 @@ def test_blocks_of_128_beside_flash_attn_4():
         for ratio in [rate / rates[name, *case, "fa4"]]
     ]
     assert f"{sum(wanted)} of the 36 cases" in page and len(wanted) == 36
-    busy = [
-        {r["engine"]: r for r in group}
-        for group in group_by(
-            (r for r in result("kernels_h200")["records"] if r["run"] in (2, 4) and "busy_ms" in r),
-            lambda r: (r["shape"], r.get("mask"), r.get("density")),
-        )
-    ]
-    pairs = [(of["fa4"], of["triton"]) for of in busy if {"fa4", "triton"} <= set(of)]
+    busy = {}
+    for r in result("kernels_h200")["records"]:
+        if r["run"] in (2, 4) and "busy_ms" in r:
+            place = r["shape"], r.get("mask"), r.get("density")
+            busy.setdefault(place, {})[r["engine"]] = r
+    pairs = [(of["fa4"], of["triton"]) for of in busy.values() if {"fa4", "triton"} <= set(of)]
     ratios = [fa4["busy_ms"] / ours["busy_ms"] for fa4, ours in pairs]
     assert len(pairs) == 10 and {ours["density"] for _, ours in pairs} == {0.1, 0.2}
     assert f"ours is {min(ratios):.2f} to {max(ratios):.2f} there" in page
@@ -764,7 +755,7 @@ def test_autos_own_schedule():
             speedup = 50 * kinds["dense"]["seconds"] / seconds
             told.append((seconds * len(found["branches"]), speedup, cost))
     (large, *of_large), small = told[0], [f"{speedup:.2f}x" for _, speedup, _ in told[1:]]
-    page = " ".join(text("docs/performance.md").split())
+    page = text("docs/performance.md")
     assert f"{large:.0f} s and {of_large[0]:.2f}x at cost {of_large[1]:.2f} for Hun" in page
     assert "{} for Wan 1.3B, {} compiled, and {} for CogVideoX".format(*small) in page
 
