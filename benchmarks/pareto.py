@@ -142,7 +142,7 @@ class Runner:
             yield handle
 
     def generate(self, clips, output_type, seed_offset=0, alone=False, after=None, **changes):
-        """Of all batches; after each, `after` is called."""
+        """Of all batches; after each, `after` is told how many videos it had."""
         generators = [
             torch.Generator().manual_seed(i % clips.seeds + seed_offset)
             for i in range(len(clips.prompts))
@@ -158,7 +158,7 @@ class Runner:
                 )
                 frames.append(made.frames)
                 if after is not None:
-                    after()
+                    after(len(made.frames))
             if self.device == "cuda":
                 torch.cuda.synchronize()
             self.seconds = time.perf_counter() - start
@@ -188,14 +188,14 @@ class Runner:
 
     def score(self, method, config, **more):
         """One record: the method on the test prompts."""
-        peaks = []  # a report is of the last batch
+        reports = []  # of each video; a report is of the last batch
         with self.enabled(config) as handle:
             # compiles what batches of this size need, in few steps
             self.generate(self.test, "latent", num_inference_steps=8)
             seconds, frames = self.timed(
-                self.test, after=lambda: peaks.append(handle.report().peak_cache_bytes)
+                self.test, after=lambda videos: reports.extend([handle.report()] * videos)
             )
-            report, grid = handle.report(), handle._installed[0].state.call.grid
+            grid = handle._installed[0].state.call.grid
         blocks = block_of_tokens(grid, config.order, config.block_size)
         each = self.pipe.vae_scale_factor_temporal
         edges = [seams(clips, blocks, each) for clips in (frames, self.test.dense)]
@@ -206,13 +206,13 @@ class Runner:
             **self.compare(frames),
             "method": method,
             "config": config.to_dict(),
-            "effective_cost": report.effective_cost,
+            "effective_cost": mean([report.effective_cost for report in reports]),
             "effective_time": seconds / self.dense_seconds,
-            "density": report.density,
+            "density": mean([report.density for report in reports]),
             "kept_mass": kept_mass,
             "velocity_error": velocity_error,
             "seams": None if None in edges else edges[0] / max(edges[1], 1e-9),
-            "peak_cache_bytes": max(peaks),
+            "peak_cache_bytes": max(report.peak_cache_bytes for report in reports),
             **more,
         }
 
@@ -221,13 +221,12 @@ class Runner:
         with gpu_of(self.args.lock):
             metrics = [compare_clips(a, b, self.lpips) for a, b in zip(self.test.dense, frames)]
         psnr = [IDENTICAL_DB if m.identical else m.psnr for m in metrics]
-        lpips = [m.lpips for m in metrics]
         return {
             "pipeline": self.name,
             "size": self.size,
             "psnr": mean(psnr),
             "ssim": mean([m.ssim for m in metrics]),
-            "lpips": None if None in lpips else mean(lpips),
+            "lpips": mean([m.lpips for m in metrics]),
             "flicker": flicker(frames) / max(flicker(self.test.dense), 1e-9),
             "prompt_following": self.followed(frames),
             "prompts": len(self.test.prompts) // self.test.seeds,
@@ -332,7 +331,8 @@ def seams(frames, blocks, each):
 
 
 def mean(values):
-    return sum(values) / len(values)
+    """None where one of them is."""
+    return None if None in values else sum(values) / len(values)
 
 
 def config_of(spec):
@@ -395,13 +395,19 @@ def gates(runner):
 
 
 def mode_table_configs(runner, cls, density, epsilon, warm_ups):
-    """Modes searched on the tuning prompts; the tables lie beside the results."""
-    path = runner.args.out.parent / f"modes-{runner.name}-{runner.size}-{density}-{epsilon}.json"
-    search = ModeSearch(density, epsilon=epsilon)
-    run = lambda: runner.latents(runner.tuning)  # noqa: E731
-    calibrate(runner.pipe, run, search, len(runner.tuning.prompts)).save(path)
+    """Of a table that is searched on the tuning prompts."""
+    table = str(mode_table(runner, density, epsilon))
     for warm_up in warm_ups:
-        yield cls(density=density, search_at=(warm_up,), table=str(path))
+        yield cls(density=density, search_at=(warm_up,), table=table)
+
+
+def mode_table(runner, density, epsilon):
+    """Where the modes lie that were searched on the tuning prompts, beside the results."""
+    path = runner.args.out.parent / f"modes-{runner.name}-{runner.size}-{density}-{epsilon}.json"
+    run = lambda: runner.latents(runner.tuning)  # noqa: E731
+    search = ModeSearch(density, epsilon=epsilon)
+    calibrate(runner.pipe, run, search, len(runner.tuning.prompts)).save(path)
+    return path
 
 
 def chosen(tuned, budgets):
@@ -433,7 +439,6 @@ def tuned_file(runner, method):
 
 def tune_all(runner, path, configs):
     """Every setting on the tuning prompts, less what a killed run left in `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         file.seek(0)
         whole = "".join(file.read().rpartition("\n")[:2])
@@ -454,7 +459,18 @@ def given_settings(path, runner, method):
         if (record["pipeline"], record["method"]) != (runner.name, method):
             continue
         if "budgets" in record and "unfinished" not in record:  # else others will be missing
-            yield record["budgets"], method_class(method)(**record["config"])
+            config = record["config"]
+            if method in TUNED_BY_RUNS:
+                config = config | made_anew(runner, config)
+            yield record["budgets"], method_class(method)(**config)
+
+
+def made_anew(runner, config):
+    """The files that a config names, as `settings` makes them: only their names lie in results."""
+    if "gate" in config:
+        return {"gate": str(gates(runner))}
+    density, epsilon = Path(config["table"]).stem.split("-")[-2:]
+    return {"table": str(mode_table(runner, float(density), float(epsilon)))}
 
 
 def scored_settings(runner, method, budgets, grid):
@@ -734,6 +750,7 @@ def parse(arguments=None):
 
 def main(arguments=None):
     args = parse(arguments)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     grid = grid_of(args)
     numbers = ("prompts", "seeds", "tuning_prompts", "steps", "budgets", "dtype")
     fixed = {k: getattr(args, k) for k in numbers} | other_prompts(args)

@@ -97,6 +97,21 @@ def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
     assert {r["size"] for r in after}.isdisjoint(r["size"] for r in before)
 
 
+def test_a_table_that_another_file_names_is_made_anew(tmp_path):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "elsewhere/confirmed.json"
+    pareto.main(arguments(chosen, "sparse-vdit"))
+    (table,) = tmp_path.glob("modes-*.json")
+    made = table.read_text()
+    table.unlink()
+    pareto.main([*arguments(out, "sparse-vdit"), "--settings-of", str(chosen)])
+    again = out.parent / table.name
+    before, after = (json.loads(path.read_text())["records"] for path in (chosen, out))
+    assert [r["config"] for r in after] == [
+        r["config"] | {"table": str(again)} for r in before if "budgets" in r
+    ]
+    assert json.loads(again.read_text())["modes"] == json.loads(made)["modes"]
+
+
 def test_videos_in_parts_are_the_same(tmp_path, monkeypatch):
     args = pareto.parse([*arguments(tmp_path / "out.json", "adaspa"), "--prompts", "3"])
     runner = pareto.Runner(args, "tiny", args.pipeline[0])
