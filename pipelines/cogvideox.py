@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..grid import VideoGrid
 from ..step import attend
 from .family import CurrentCall, Family, Prepared, Undo
+from .rotary import rotate_
 
 FUSED = "FusedCogVideoXAttnProcessor2_0"
 
@@ -45,8 +45,8 @@ class CogVideoXSparseAttnProcessor:
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
-            query = _rotate_video(query, image_rotary_emb, text)
-            key = _rotate_video(key, image_rotary_emb, text)
+            for x in (query, key):
+                rotate_(x[:, :, text:], image_rotary_emb, dim=2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         output = attend(query, key, value, self.slot).flatten(2, 3)  # (B, S, H * D)
         output = attn.to_out[1](attn.to_out[0](output))
@@ -67,12 +67,6 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Of (B, S, H, D) tensors, by the kernel that torch takes by itself."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def _rotate_video(x: Tensor, rotary_emb: Any, text: int) -> Tensor:
-    """RoPE on the video part of (B, H, S, D)."""
-    video: Any = apply_rotary_emb(x[:, :, text:], rotary_emb)
-    return torch.cat([x[:, :, :text], video], dim=2)
 
 
 def prepare(transformer: Any, given: dict[str, Any], keep_padding: bool) -> Prepared:

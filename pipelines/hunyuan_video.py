@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..grid import VideoGrid
 from ..step import attend
 from .family import CurrentCall, Family, Prepared, Undo
+from .rotary import rotate_
 
 
 class HunyuanVideoSparseAttnProcessor:
@@ -47,7 +47,7 @@ class HunyuanVideoSparseAttnProcessor:
         for part in ("q", "k", "v"):  # each to its end: what is underway at once sets the peak
             x = project(attn, hidden_states, f"to_{part}", f"norm_{part}")
             if image_rotary_emb is not None and part != "v":
-                x = _rotate_video(x, image_rotary_emb, length)
+                rotate_(x[:, :length], image_rotary_emb, dim=1)
             if not single:
                 text = project(
                     attn, encoder_hidden_states, f"add_{part}_proj", f"norm_added_{part}"
@@ -88,11 +88,6 @@ def project(attn: Any, x: Tensor, projection: str, norm: str) -> Tensor:
     x = getattr(attn, projection)(x).unflatten(2, (attn.heads, -1))
     normed = getattr(attn, norm, None)
     return x if normed is None else normed(x)
-
-
-def _rotate_video(x: Tensor, rotary_emb: Any, length: int) -> Tensor:
-    video: Any = apply_rotary_emb(x[:, :length], rotary_emb, sequence_dim=1)
-    return video if x.shape[1] == length else torch.cat([video, x[:, length:]], dim=1)
 
 
 def _valid(key: Tensor, kv_len: Tensor) -> Tensor:
