@@ -648,8 +648,8 @@ def save(path, result):
     result["paired"] = paired(result["records"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    text = json.dumps(result, indent=1)  # but lists of numbers are lines of their own
-    part.write_text(re.sub(r"\[[-+\d.,e\s]+\]", lambda of: " ".join(of[0].split()), text) + "\n")
+    text = json.dumps(result, indent=1)  # but a record is a line
+    part.write_text(re.sub(r"\n {3,}|\n  (?=[\]}])", " ", text) + "\n")
     part.replace(path)
 
 

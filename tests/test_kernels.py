@@ -367,9 +367,9 @@ def test_exact_mass_runs_in_gluon_on_hopper(monkeypatch, head_dim, dtype, tile):
     monkeypatch.setattr(
         block_mass_module, "launch", lambda key, tile, run, instead: taken.append((tile, instead))
     )
-    x = torch.zeros(1, 64, 1, head_dim, dtype=dtype)
+    x = torch.zeros(1, 64, 1, head_dim, dtype=dtype, device=DEVICE)
     with contextlib.suppress(IndexError):  # nothing ran, so there is no mass to fold
-        block_mass(x, x, torch.zeros(1, 1, 64), block_size=(64, 64))
+        block_mass(x, x, torch.zeros(1, 1, 64, device=DEVICE), block_size=(64, 64))
     assert [first for first, _ in taken] == [tile] and not taken[0][1].gluon
 
 
