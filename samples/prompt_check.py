@@ -199,6 +199,9 @@ def make_test_prompts(count=50, seed=5):
     rng = random.Random(seed)
     held = clips.holdout().tolist()
     seen = clips.triples()[len(held) :].tolist()
+    most = min(3 * len(held), 3 * len(seen) // 2)
+    if not 1 <= count <= most:
+        raise SystemExit(f"there are no {count} different prompts: ask for 1 to {most}")
     third = (count + 2) // 3
     labels = rng.sample(held, third) + rng.sample(seen, count - third)
     prompts, speeds = zip(*(write_prompt(*label, rng) for label in labels))

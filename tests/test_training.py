@@ -192,6 +192,14 @@ def test_a_report_of_no_prompt_is_refused(module, monkeypatch, capsys):
     assert "--prompts is at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("count", [0, 181])
+def test_more_prompts_than_there_are_are_refused(module, count):
+    check = module("prompt_check")
+    with pytest.raises(SystemExit, match=f"no {count} different prompts: ask for 1 to 180"):
+        check.make_test_prompts(count)
+    assert len(set(check.make_test_prompts(180)[0])) == 180
+
+
 def test_solids_without_a_sheet_say_what_is_missing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["solids.py"])
     with pytest.raises(SystemExit):
