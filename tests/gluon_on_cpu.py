@@ -43,12 +43,6 @@ class Values(Tensor):
     def load(self, _: Any) -> "Values":
         return self.clone()
 
-    def split(self) -> tuple["Values", ...]:
-        return self.unbind(-1)
-
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Values":
-        return self.view(dtype) if bitcast else super().to(dtype)
-
 
 def values(x: Any, dtype: torch.dtype | None = None) -> Values:
     return torch.as_tensor(x, dtype=dtype).as_subclass(Values)
