@@ -18,7 +18,8 @@ and block size are each method's own default. `velocity_error` and kept mass are
 from dense's latents of the tuning prompts (velocity.py). One test prompt is a tuning prompt, too.
 
 On a GPU the transformer's blocks are compiled, dense attention too. `--settings-of FILE` scores
-what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing.
+what another file chose, at another size or on other prompts (`--prompt-seed`), and tunes nothing
+but makes the tables and gates anew that such settings name, of the tuning prompts.
 Several processes may share a GPU (`--lock FILE`, each with its own --out): they generate side by
 side, and the others wait while one is timed. With `--claims FOLDER` no two of them run the same
 method. `--also FILE` joins their files.
@@ -43,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from boxed import compiled_blocks, open_boxed, two_dense_runs  # noqa: E402
 from environment import environment  # noqa: E402
+from figures import save_figure  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
 from velocity import DenseTrajectory  # noqa: E402
 
@@ -455,13 +457,17 @@ def tune_all(runner, path, configs):
 
 def given_settings(path, runner, method):
     """(budgets, config) of what another file chose for this pipeline."""
+    made = {}  # settings share tables and gates
     for record in json.loads(path.read_text())["records"]:
         if (record["pipeline"], record["method"]) != (runner.name, method):
             continue
         if "budgets" in record and "unfinished" not in record:  # else others will be missing
             config = record["config"]
             if method in TUNED_BY_RUNS:
-                config = config | made_anew(runner, config)
+                named = config.get("gate") or config["table"]
+                if named not in made:
+                    made[named] = made_anew(runner, config)
+                config = config | made[named]
             yield record["budgets"], method_class(method)(**config)
 
 
@@ -566,7 +572,6 @@ def draw(result, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     places = list(dict.fromkeys((r["pipeline"], r["size"]) for r in result["records"]))
     if not places:
@@ -608,8 +613,7 @@ def draw(result, path):
             axis.grid(alpha=0.3)
         row[0].set_ylabel("PSNR against dense, dB")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
+    save_figure(figure, path)
 
 
 def load_results(args, fixed):
@@ -709,6 +713,22 @@ def other_prompts(args):
     return {} if args.prompt_seed == TEST_SEED else {"prompt_seed": args.prompt_seed}
 
 
+def settings_file(text):
+    """A path to a file of records, for the command line."""
+    try:
+        json.loads(Path(text).read_text())["records"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it has no records"
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {reason}") from error
+    return Path(text)
+
+
+def at_least_1(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def parser_of_runs(doc, prompts, seeds):
     """The arguments of a benchmark that makes a `Runner`."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
@@ -716,9 +736,9 @@ def parser_of_runs(doc, prompts, seeds):
     add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
     add("--lock", type=Path, help="file by which processes on one GPU take turns")
-    add("--prompts", type=int, default=prompts)
-    add("--seeds", type=int, default=seeds)
-    add("--tuning-prompts", type=int, default=10)
+    add("--prompts", type=at_least_1, default=prompts)
+    add("--seeds", type=at_least_1, default=seeds)
+    add("--tuning-prompts", type=at_least_1, default=10)
     add("--prompt-seed", type=int, default=TEST_SEED, help="which prompts are scored")
     for name in ("steps", "height", "width", "frames"):
         add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
@@ -733,7 +753,7 @@ def parse(arguments=None):
     add("--also", type=Path, action="append", default=[], help="join another file; repeatable")
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
-    add("--settings-of", type=Path, help="score what this file chose; tune nothing")
+    add("--settings-of", type=settings_file, help="score what this file chose; tune nothing")
     add("--method", action="append", help="name or file of a rule; repeatable; default: all")
     add("--claims", type=Path, help="folder by which processes share the methods")
     for name, values in (
@@ -797,6 +817,8 @@ def main(arguments=None):
                         save(path, own)  # before the claim is done, and its tuning gone
                     if not args.settings_of:
                         tuned_file(runner, method).unlink(missing_ok=True)
+                    elif not records:
+                        print(f"{args.settings_of} has no settings of {method} on {runner.name}")
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

@@ -19,13 +19,13 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 from diffusers import DiffusionPipeline  # noqa: E402
 from environment import environment  # noqa: E402
+from figures import save_figure  # noqa: E402
 from prompt_check import make_test_prompts  # noqa: E402
 
 from dit_sparse.attention import block_mass  # noqa: E402
@@ -262,8 +262,7 @@ def draw_curves(result, path):
     for axes in (kept_axes, miss_axes, age_axes):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
+    save_figure(figure, path)
 
 
 def call_of(pipe, args):

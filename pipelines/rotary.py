@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rotate_(x: Tensor, rotary_emb: tuple[Tensor, Tensor], dim: int) -> None:
-    """What diffusers' `apply_rotary_emb` gives, in place and without copies of x in float32.
+    """What diffusers' `apply_rotary_emb` gives, bit for bit, in place and with fewer copies of x.
 
     Args:
         x: (B, H, S, D) or (B, S, H, D), all tokens rotated.
@@ -13,5 +13,6 @@ def rotate_(x: Tensor, rotary_emb: tuple[Tensor, Tensor], dim: int) -> None:
         dim: of the tokens.
     """
     cos, sin = (table.to(x.device, torch.float32).unsqueeze(2 - dim) for table in rotary_emb)
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    x.copy_((x * cos).add_(turned * sin))
+    given = x.float() if x.dtype == torch.float64 else x
+    turned = torch.stack([-given[..., 1::2], given[..., 0::2]], dim=-1).flatten(-2)
+    x.copy_((given * cos).add_(turned * sin))

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,11 @@ from tiny_joint import PIPELINES
 from typer.testing import CliRunner
 
 from dit_sparse import SeerAttention, available_methods, enable_sparse_attention
+from dit_sparse.calibrate import ModeSearch, calibrate
 from dit_sparse.cli import app
 from dit_sparse.defaults import torch_defaults
+from dit_sparse.distil import Distillation, distil
+from dit_sparse.look import profile
 from dit_sparse.patterns.left_out import LEFT_OUT
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "samples")]
@@ -81,6 +84,23 @@ def test_methods_run_on_ltx_video_and_skyreels_and_are_undone(method, family):
     assert kinds == [kind for kind in ("dense", "search", then) for _ in range(a_step)]
     assert 0 < report.density < 1 and 0 < report.peak_cache_bytes <= report.planned_cache_bytes
     assert generate(pipe, family, num_inference_steps=3).equal(stock)
+
+
+@pytest.mark.parametrize("family", ["LTX-Video", "SkyReels-V2"])
+@torch.no_grad()
+def test_tables_gates_and_profiles_of_ltx_video_and_skyreels(family, tmp_path):
+    pipe, stock = pipeline_and_its_latents(family)
+    run = partial(generate, pipe, family, num_inference_steps=3)
+    table, gate = tmp_path / "modes.json", tmp_path / "gates.safetensors"
+    calibrate(pipe, run, ModeSearch(density=0.5, block_size=BLOCK)).save(table)
+    distil(pipe, run, Distillation(block_size=BLOCK, updates=2)).save(gate)
+    for method, file in (("sparse-vdit", {"table": str(table)}), ("seerattention", {"gate": gate})):
+        options = {"density": 0.5, "block_size": BLOCK} | file
+        with enable_sparse_attention(pipe, method, **options) as handle:
+            assert run().isfinite().all() and 0 < handle.report().density <= 1
+    found = profile(pipe, run, pipeline="tiny", call={}, environment={})
+    assert {entry["layer"] for entry in found.entries} == {0, 1}
+    assert run().equal(stock)
 
 
 @pytest.mark.parametrize("method", FIELD)

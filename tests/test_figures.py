@@ -201,6 +201,21 @@ def test_over_200_videos():
     assert "on Wan in {}% with `auto` (dense {}), {}% with `rettention`, {}%".format(*wan) in readme
     for model, cells in zip(("HunyuanVideo", "CogVideoX"), others, strict=True):
         assert "{} in {} (dense {}), {} and {}%".format(model, *cells) in readme
+
+    floors = {place.split()[0]: line["noise_floor"] for place, line in followed["lines"].items()}
+
+    def lost(box, method, budget):
+        dense, there = floors[box], best[box, method][budget]
+        points = dense["prompt_following"]["shape"] - there["prompt_following"]["shape"]
+        return f"{100 * points:.1f}".removesuffix(".0")
+
+    page, (wan, hunyuan, cogvideox) = text("docs/field.md"), BOXES
+    auto = [lost(box, "auto", 0.2) for box in (cogvideox, hunyuan)]
+    rettention = [lost(box, "rettention", 0.2) for box in (cogvideox, hunyuan, wan)]
+    assert "loses {} points of CogVideoX's shapes and {} of HunyuanVideo's".format(*auto) in page
+    assert "HunyuanVideo's, `rettention` {} and {}, and {} on Wan.".format(*rettention) in page
+    vdit = [lost(box, "sparse-vdit", 0.4) for box in (hunyuan, cogvideox, wan)]
+    assert "({} and {} points less than dense) and fewer on Wan ({} less)".format(*vdit) in page
     (gap,) = (
         pair
         for pair in followed["paired"]
@@ -257,7 +272,7 @@ def test_presets(box):
 
 
 def test_larger_videos():
-    told = table("docs/performance.md", "effective cost at most, larger videos")
+    told = table("docs/performance.md", "settings of the effective cost, larger videos")
     rows = 0
     for size in ("192", "256"):
         for (box, method), of in best_of_budgets(f"pareto_{size}").items():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from tiny_joint import CONCATENATED, REPLACED, cogvideox, cogvideox_15, hunyuan, hunyuan_15, mochi
 
 from dit_sparse import (
@@ -12,6 +13,7 @@ from dit_sparse import (
     disable_sparse_attention,
     enable_sparse_attention,
 )
+from dit_sparse.pipelines.rotary import rotate_
 from dit_sparse.state import Call, State
 from dit_sparse.step import LayerAttention
 
@@ -54,6 +56,19 @@ def cogvideox_call(frames=4, grid_frames=4, channels=4):
         "timestep": torch.full((2,), 500),
         "image_rotary_emb": (angle.cos(), angle.sin()),
     }
+
+
+@pytest.mark.parametrize("tables", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_rotated_in_place_as_by_diffusers(dim, dtype, tables):
+    x = torch.randn(2, *((40, 3) if dim == 1 else (3, 40)), 16).to(dtype)
+    rotary_emb = tuple(torch.randn(2, 30, 16).to(tables))
+    part = (slice(None),) * dim + (slice(10, None),)
+    expected = x.clone()
+    expected[part] = apply_rotary_emb(x[part], rotary_emb, sequence_dim=dim)
+    rotate_(x[part], rotary_emb, dim)
+    assert x.equal(expected)
 
 
 def mochi_call(valid=(12, 12)):

@@ -97,6 +97,40 @@ def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
     assert {r["size"] for r in after}.isdisjoint(r["size"] for r in before)
 
 
+def test_gates_that_another_file_names_are_made_anew_once(tmp_path, monkeypatch):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "elsewhere/confirmed.json"
+    pareto.main(arguments(chosen, "seerattention"))
+    found = json.loads(chosen.read_text())
+    (one,) = (record for record in found["records"] if "budgets" in record)
+    other = one | {"budgets": [2], "config": one["config"] | {"density": 0.4}}
+    chosen.write_text(json.dumps(found | {"records": [one, other]}))
+    calls, distil = [], pareto.distil
+    monkeypatch.setattr(pareto, "distil", lambda *given: calls.append(0) or distil(*given))
+    pareto.main([*arguments(out, "seerattention"), "--settings-of", str(chosen)])
+    records = json.loads(out.read_text())["records"]
+    assert len(records) == 2 and len(calls) == 1
+    assert all(Path(r["config"]["gate"]).parent == out.parent for r in records)
+
+
+def test_what_cannot_be_scored_is_said_at_once(tmp_path, capsys):
+    chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
+    pareto.main(arguments(chosen, "window"))
+    capsys.readouterr()
+    pareto.main([*arguments(out, "random"), "--settings-of", str(chosen)])
+    assert "has no settings of random on" in capsys.readouterr().out
+    (tmp_path / "list.json").write_text("[]")
+    wrong = (["--settings-of", str(tmp_path / "none.json")], "No such file")
+    for given, told in (
+        wrong,
+        (["--settings-of", str(tmp_path / "list.json")], "it has no records"),
+        (["--prompts", "0"], "expected a whole number from 1 on, got '0'"),
+        (["--seeds", "-1"], "expected a whole number from 1 on, got '-1'"),
+    ):
+        with pytest.raises(SystemExit):
+            pareto.parse([*arguments(out, "random"), *given])
+        assert told in capsys.readouterr().err
+
+
 def test_a_table_that_another_file_names_is_made_anew(tmp_path):
     chosen, out = tmp_path / "chosen.json", tmp_path / "elsewhere/confirmed.json"
     pareto.main(arguments(chosen, "sparse-vdit"))

@@ -104,6 +104,13 @@ def test_what_does_not_fit_is_refused(monkeypatch, capsys, folders):
     with pytest.raises(SystemExit, match="is a WanPipeline.*HunyuanVideoPipeline"):
         model = folders / "WanPipeline"
         run(monkeypatch, capsys, "adaspa-hunyuanvideo", "--model", model, "--prompt", "a")
+    for given, told in (
+        (["--prompt-file", "none.txt"], "cannot read the prompt file none.txt"),
+        (["--prompt", "a", "--table", "none.json"], "no table at none.json"),
+        (["--prompt", "a", "--model", "none"], "no pipeline 'none'"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            run(monkeypatch, capsys, "adaspa-hunyuanvideo", *given)
 
 
 def test_the_readme_has_the_table_that_is_printed(monkeypatch, capsys):

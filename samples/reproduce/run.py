@@ -98,7 +98,13 @@ def ours(report: dict) -> dict:
 
 
 def main() -> None:
-    args = parse_arguments()
+    try:
+        reproduce(parse_arguments())
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def reproduce(args: argparse.Namespace) -> None:
     if args.row is None:
         print(table())
         return
@@ -110,6 +116,8 @@ def main() -> None:
     prompts, seeds = read_prompts(args.prompt, args.prompt_file), args.seed or [0]
     if not prompts:
         raise SystemExit(f"give --prompt-file or --prompt; the paper's are of {row.prompts}")
+    if args.table and not Path(args.table).is_file():
+        raise SystemExit(f"no table at {args.table}: leave --table out, and one is searched")
     out = args.out or Path("reproduce") / args.row
     model = args.model or row.model
     pipe = load(row, model)
