@@ -455,20 +455,26 @@ def tune_all(runner, path, configs):
             yield found[key]
 
 
+def gives(path, runner, method):
+    """(budgets, config as a dict) of what another file chose for this pipeline."""
+    return [
+        (record["budgets"], record["config"])
+        for record in json.loads(path.read_text())["records"]
+        if (record["pipeline"], record["method"]) == (runner.name, method)
+        if "budgets" in record and "unfinished" not in record  # else others will be missing
+    ]
+
+
 def given_settings(path, runner, method):
-    """(budgets, config) of what another file chose for this pipeline."""
-    made = {}  # settings share tables and gates
-    for record in json.loads(path.read_text())["records"]:
-        if (record["pipeline"], record["method"]) != (runner.name, method):
-            continue
-        if "budgets" in record and "unfinished" not in record:  # else others will be missing
-            config = record["config"]
-            if method in TUNED_BY_RUNS:
-                named = config.get("gate") or config["table"]
-                if named not in made:
-                    made[named] = made_anew(runner, config)
-                config = config | made[named]
-            yield record["budgets"], method_class(method)(**config)
+    """(budgets, config) of the same; with tables and gates made anew."""
+    made = {}  # which settings share
+    for budgets, config in gives(path, runner, method):
+        if method in TUNED_BY_RUNS:
+            named = config.get("gate") or config["table"]
+            if named not in made:
+                made[named] = made_anew(runner, config)
+            config = config | made[named]
+        yield budgets, method_class(method)(**config)
 
 
 def made_anew(runner, config):
@@ -716,10 +722,17 @@ def other_prompts(args):
 def settings_file(text):
     """A path to a file of records, for the command line."""
     try:
-        json.loads(Path(text).read_text())["records"]
+        for record in json.loads(Path(text).read_text())["records"]:
+            record["pipeline"], record["method"], record["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it has no records"
+        reason = error.strerror if isinstance(error, OSError) else "it has no records of settings"
         raise argparse.ArgumentTypeError(f"cannot read {text}: {reason}") from error
+    return Path(text)
+
+
+def existing(text):
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no {text}")
     return Path(text)
 
 
@@ -733,7 +746,7 @@ def parser_of_runs(doc, prompts, seeds):
     """The arguments of a benchmark that makes a `Runner`."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     add = parser.add_argument
-    add("--pipeline", type=Path, action="append", help="repeatable; default: samples/wan_tiny")
+    add("--pipeline", type=existing, action="append", help="repeatable; default: samples/wan_tiny")
     add("--out", type=Path, required=True)
     add("--lock", type=Path, help="file by which processes on one GPU take turns")
     add("--prompts", type=at_least_1, default=prompts)
@@ -741,8 +754,9 @@ def parser_of_runs(doc, prompts, seeds):
     add("--tuning-prompts", type=at_least_1, default=10)
     add("--prompt-seed", type=int, default=TEST_SEED, help="which prompts are scored")
     for name in ("steps", "height", "width", "frames"):
-        add(f"--{name}", type=int, help="default: what the pipeline's dit_sparse.json says")
-    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+        add(f"--{name}", type=at_least_1, help="default: what the pipeline's dit_sparse.json says")
+    dtypes = "bfloat16", "float16", "float32"
+    add("--dtype", choices=dtypes, default=dtypes[0 if torch.cuda.is_available() else 2])
     add("--commit", help="where there is no git here")
     return parser
 
@@ -750,7 +764,7 @@ def parser_of_runs(doc, prompts, seeds):
 def parse(arguments=None):
     parser = parser_of_runs(__doc__, prompts=20, seeds=2)
     add = parser.add_argument
-    add("--also", type=Path, action="append", default=[], help="join another file; repeatable")
+    add("--also", type=settings_file, action="append", default=[], help="join it; repeatable")
     add("--figure", type=Path)
     add("--only-figure", action="store_true")
     add("--settings-of", type=settings_file, help="score what this file chose; tune nothing")
@@ -798,7 +812,12 @@ def main(arguments=None):
     for source in [] if args.only_figure else args.pipeline or [ROOT / "samples/wan_tiny"]:
         runner = Runner(args, source.name, source)
         place = runner.name, runner.size
-        left = processes.part([method for method in methods if (*place, method) not in done])
+        wanted = methods
+        if args.settings_of:
+            wanted = [method for method in methods if gives(args.settings_of, runner, method)]
+            lacking = [method for method in args.method or () if method not in wanted]
+            failed += [f"no settings of {method} on {runner.name} there" for method in lacking]
+        left = processes.part([method for method in wanted if (*place, method) not in done])
         if not left:
             continue
         runner.prepare()
@@ -817,8 +836,6 @@ def main(arguments=None):
                         save(path, own)  # before the claim is done, and its tuning gone
                     if not args.settings_of:
                         tuned_file(runner, method).unlink(missing_ok=True)
-                    elif not records:
-                        print(f"{args.settings_of} has no settings of {method} on {runner.name}")
             except Exception as error:  # the others go on
                 failed.append(f"{method} on {runner.name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)

@@ -9,7 +9,7 @@ def rotate_(x: Tensor, rotary_emb: tuple[Tensor, Tensor], dim: int) -> None:
 
     Args:
         x: (B, H, S, D) or (B, S, H, D), all tokens rotated.
-        rotary_emb: cos and sin, (S, D), one of each for both numbers of a pair.
+        rotary_emb: cos and sin, (S, D), of at most float32, one of each for both numbers of a pair.
         dim: of the tokens.
     """
     cos, sin = (table.to(x.device, torch.float32).unsqueeze(2 - dim) for table in rotary_emb)

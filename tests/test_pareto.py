@@ -91,7 +91,7 @@ def test_settings_of_another_file_are_scored_on_other_prompts(tmp_path):
     chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
     pareto.main(arguments(chosen, "window"))
     given = ["--settings-of", str(chosen), "--prompt-seed", "5", "--height", "80"]
-    pareto.main([*arguments(out, "window", "random"), *given])
+    pareto.main([*arguments(out, "window"), *given])
     before, after = (json.loads(path.read_text())["records"] for path in (chosen, out))
     assert [r["config"] for r in after] == [r["config"] for r in before if "budgets" in r]
     assert {r["size"] for r in after}.isdisjoint(r["size"] for r in before)
@@ -112,17 +112,22 @@ def test_gates_that_another_file_names_are_made_anew_once(tmp_path, monkeypatch)
     assert all(Path(r["config"]["gate"]).parent == out.parent for r in records)
 
 
-def test_what_cannot_be_scored_is_said_at_once(tmp_path, capsys):
+def test_what_cannot_be_scored_is_said_at_once(tmp_path, monkeypatch, capsys):
     chosen, out = tmp_path / "chosen.json", tmp_path / "confirmed.json"
     pareto.main(arguments(chosen, "window"))
-    capsys.readouterr()
-    pareto.main([*arguments(out, "random"), "--settings-of", str(chosen)])
-    assert "has no settings of random on" in capsys.readouterr().out
+    monkeypatch.setattr(pareto.Runner, "prepare", lambda runner: pytest.fail("dense videos"))
+    with pytest.raises(SystemExit, match="failed: no settings of random on tiny-wan"):
+        pareto.main([*arguments(out, "random"), "--settings-of", str(chosen)])
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "none of them.json").write_text('{"records": [{}]}')
     wrong = (["--settings-of", str(tmp_path / "none.json")], "No such file")
     for given, told in (
         wrong,
         (["--settings-of", str(tmp_path / "list.json")], "it has no records"),
+        (["--settings-of", str(tmp_path / "none of them.json")], "it has no records"),
+        (["--also", str(tmp_path / "none.json")], "No such file"),
+        (["--pipeline", str(tmp_path / "none")], "there is no "),
+        (["--steps", "0"], "expected a whole number from 1 on, got '0'"),
         (["--prompts", "0"], "expected a whole number from 1 on, got '0'"),
         (["--seeds", "-1"], "expected a whole number from 1 on, got '-1'"),
     ):
@@ -361,7 +366,8 @@ def test_what_a_killed_run_has_scored_of_another_file_is_kept(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pareto.main(given)
     for _ in range(2):
-        pareto.main(given)
+        with pytest.raises(SystemExit, match="no settings of random"):  # it was begun there
+            pareto.main(given)
     assert [config.density for _, config, *_ in scores.seen] == [0.2, 0.3, 0.5]
     records = json.loads(out.read_text())["records"]
     assert [r["budgets"] for r in records] == [[0.2], [0.3], [0.5]]
