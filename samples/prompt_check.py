@@ -325,6 +325,12 @@ def main():
     args = parser.parse_args()
     if args.prompts < 1:
         parser.error(f"--prompts is at least 1, got {args.prompts}")
+    make_test_prompts(args.prompts)  # before anything is loaded
+    for path in (args.pipeline / "dit_sparse.json", args.checker):
+        if not path.is_file():
+            parser.error(f"there is no {path}")
+    if not isinstance(args.call, dict):
+        parser.error(f"--call is a JSON object, got {args.call!r}")
 
     from dit_sparse.loading import load_pipeline
 
@@ -332,6 +338,8 @@ def main():
     torch.set_float32_matmul_precision("high")
     call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"] | args.call
     pipe = load_pipeline(args.pipeline, device, torch.float32)
+    if args.mask_text and not hasattr(pipe.transformer, "transformer_blocks"):
+        parser.error("--mask-text: text is in a cross-attention here, not among the keys")
     if args.mask_text:
         mask_text(pipe.transformer)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
