@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from environment import environment  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 SHAPES = {"wan-1.3b": (12, 32768, 128), "cogvideox-5b": (48, 17664, 64)}  # heads, tokens, head dim
 DENSITY = 0.2
@@ -171,7 +172,7 @@ def main() -> None:
             found = measure(case)
             result["records"] = [r for r in result["records"] if r["case"] != case] + found
             print(*found, sep="\n", flush=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ for what the masks leave out.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import masks  # noqa: E402
 from environment import environment, folders_of_fa4  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 from dit_sparse.attention import disagreement  # noqa: E402
 from dit_sparse.block_mask import BlockMask  # noqa: E402
@@ -242,14 +242,10 @@ class Bench:
             self.save()
 
     def save(self) -> None:
-        """Write beside the file, then replace it: a process that is killed leaves a whole one."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         state = {"runs": self.runs, "finished": self.finished, "records": self.records}
         if self.running:
             state["running"] = self.running
-        beside = self.out.with_name(self.out.name + ".part")
-        beside.write_text(json.dumps(state, indent=1) + "\n")
-        os.replace(beside, self.out)
+        write_result(self.out, state)
 
 
 def dense_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -46,6 +46,7 @@ from boxed import compiled_blocks, open_boxed, two_dense_runs  # noqa: E402
 from environment import environment  # noqa: E402
 from figures import save_figure  # noqa: E402
 from prompt_check import accuracy, load_checker, make_test_prompts, predict  # noqa: E402
+from result_file import write_result  # noqa: E402
 from velocity import DenseTrajectory  # noqa: E402
 
 from dit_sparse import AdaSpa, available_methods, enable_sparse_attention  # noqa: E402
@@ -656,11 +657,7 @@ def join(result, path):
 
 def save(path, result):
     result["paired"] = paired(result["records"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    text = json.dumps(result, indent=1)  # but a record is a line
-    part.write_text(re.sub(r"\n {3,}|\n  (?=[\]}])", " ", text) + "\n")
-    part.replace(path)
+    write_result(path, result)
 
 
 def take_in(args, result):

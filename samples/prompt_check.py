@@ -338,9 +338,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     call = json.loads((args.pipeline / "dit_sparse.json").read_text())["call"] | args.call
     pipe = load_pipeline(args.pipeline, device, torch.float32)
-    if args.mask_text and not hasattr(pipe.transformer, "transformer_blocks"):
-        parser.error("--mask-text: text is in a cross-attention here, not among the keys")
     if args.mask_text:
+        if not hasattr(pipe.transformer, "transformer_blocks"):
+            parser.error("--mask-text: text is in a cross-attention here, not among the keys")
         mask_text(pipe.transformer)
     report, video = check_pipeline(pipe, load_checker(args.checker, device), call, args.prompts)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None

@@ -6,7 +6,6 @@ Started again it leaves out what has passed, so that runs on several machines sh
 """
 
 import json
-import re
 import sys
 import time
 from datetime import date
@@ -19,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from environment import environment, version_of  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 FILES = "test_composition_gpu.py", "test_engines.py", "test_kernels.py", "test_host_cache.py"
 NOT_RUN = "not run"
@@ -27,14 +27,6 @@ PACKAGES = "accelerate", "peft", "transformers", "bitsandbytes", "gguf", "torcha
 
 def read_log(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {"runs": [], "tests": {}}
-
-
-def write_log(file: Path, log: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".part-{file.name}")
-    text = json.dumps(log, indent=1)  # but a test is a line
-    part.write_text(re.sub(r"\n {3,}|\n  (?=[\]}])", " ", text) + "\n")
-    part.replace(file)
 
 
 def begin_run(log: dict[str, Any], commit: str | None) -> dict[str, Any]:
@@ -70,7 +62,7 @@ class GpuLog:
 
     def write(self) -> None:
         self.run["seconds"] = round(time.monotonic() - self.start, 1)
-        write_log(self.file, self.log)
+        write_result(self.file, self.log)
 
     @pytest.hookimpl(trylast=True)  # behind -k and -m
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:

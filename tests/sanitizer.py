@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_log import ROOT, begin_run, read_log, write_log
+from gpu_log import ROOT, begin_run, read_log
+from result_file import write_result
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -123,7 +124,7 @@ def main() -> None:
     log = read_log(given.log)
     begin_run(log, given.commit)["seconds"] = found["seconds"]
     log["sanitizer"] = {"run": len(log["runs"]) - 1, **found}
-    write_log(given.log, log)
+    write_result(given.log, log)
     if found["last_line"] != "ERROR SUMMARY: 0 errors":
         raise SystemExit(1)
 

@@ -120,9 +120,8 @@ def test_what_cannot_be_scored_is_said_at_once(tmp_path, monkeypatch, capsys):
         pareto.main([*arguments(out, "random"), "--settings-of", str(chosen)])
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "none of them.json").write_text('{"records": [{}]}')
-    wrong = (["--settings-of", str(tmp_path / "none.json")], "No such file")
     for given, told in (
-        wrong,
+        (["--settings-of", str(tmp_path / "none.json")], "No such file"),
         (["--settings-of", str(tmp_path / "list.json")], "it has no records"),
         (["--settings-of", str(tmp_path / "none of them.json")], "it has no records"),
         (["--also", str(tmp_path / "none.json")], "No such file"),
