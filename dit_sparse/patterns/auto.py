@@ -91,8 +91,8 @@ class Auto(SparseConfig):
     targets: ClassVar[dict[str, dict]] = TARGETS
     swept: ClassVar[tuple[dict, ...]] = (
         {"density": 0.06, "tail_tokens": 64, "share_guidance": "all"},
-        {"density": 0.09, "share_guidance": "all"},
-        {"density": 0.17, "share_guidance": "all"},
+        {"density": 0.075, "share_guidance": "all"},
+        {"density": 0.14, "share_guidance": "all"},
         {"density": 0.09, "share_guidance": "mask"},
     )
     apart: ClassVar[int] = 2
