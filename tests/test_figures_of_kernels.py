@@ -203,3 +203,20 @@ def test_counters():
         case = f"{shape} {triton}{kernels[kernel]} {block.split()[-1]}"
         longest = max((r for r in records if r["case"] == case), key=lambda r: r["us"])
         assert are(cells, *(longest[column] for column in columns))
+
+
+def test_fp8_in_gluon():
+    told = table("docs/log.md", "ms with quantisation", "16 bits", "FP8, Triton")
+    names = {"Wan 1.3B": "wan-1.3b", "CogVideoX": "cogvideox-5b"}
+    records = [r for r in result("fp8_gluon_h200")["records"] if "ms" in r]
+    assert len(told) == 12
+    for name, cells in told.items():
+        model, block, density = re.fullmatch(r"(.+), blocks of (\d+), density (.+)", name).groups()
+        place = names.get(model, "hunyuanvideo-720p"), int(block), float(density)
+        of = [r for r in records if (r["shape"], r["block"], r["density"]) == place]
+        full, triton, gluon = (
+            min(r["ms"] for r in of if r["what"] == what)
+            for what in ("bf16", "triton fp8", "gluon fp8")
+        )
+        assert are(cells, full, triton, gluon, full / gluon), name
+    assert max(r.get("differs", 0) for r in records) < 0.005
