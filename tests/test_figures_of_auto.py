@@ -74,6 +74,19 @@ def test_more_damping_on_test_prompts():
     assert told in text("docs/log.md")
 
 
+def test_ablation_with_todays_defaults():
+    told = table("docs/log.md", "variant, today's defaults", "PSNR")
+    records = {r["method"]: r for r in result("ablation_auto_h200")["records"]}
+    assert told.keys() == records.keys()
+    for name, cells in told.items():
+        assert are(cells, records[name]["psnr"]), name
+        assert abs(records[name]["effective_cost"] - 0.41) < 0.01
+    for name in ("means of 64 tokens", "3 searches"):
+        (pair,) = (p for p in result("ablation_auto_h200")["paired"] if p["method"] == name)
+        low, high = pair["interval"]
+        assert low <= 0 <= high
+
+
 def test_densities_between():
     told = table("docs/log.md", "auto over densities", "at 0.2")
     sets = {"0.09 and 0.17": "pareto_former_densities", "0.075 and 0.14": "pareto"}
