@@ -96,6 +96,9 @@ def test_densities_between():
         model, densities = name.split(", ")
         of = best_of_budgets(sets[densities])[names[model], "auto"]
         assert are(cells, *(of[b]["psnr"] for b in (0.2, 0.3, 0.4, 0.6))), name
+    before, now = (best_of_budgets(sets[s])[BOXES[0], "auto"][0.3]["config"] for s in sets)
+    assert before["search_at"] == now["search_at"] and len(now["search_at"]) == 3
+    assert (before["density"], now["density"]) == (0.09, 0.075)
     wan = best_of_budgets("pareto_follow")[BOXES[0], "auto"][0.4]["psnr"]
     assert f"went from 31.1 to {wan:.1f}" in text("docs/log.md")
 
