@@ -282,7 +282,7 @@ def kernel_calls(
     """(engine, function that builds what belongs to the mask and gives the call, extra facts)."""
     from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd, default_tile
     from dit_sparse.kernels.quantize import quantize, quantize_values
-    from dit_sparse.kernels.tiles import CANDIDATES, Tile
+    from dit_sparse.kernels.tiles import CANDIDATES, FORWARD_FP8, Tile, tile_for
 
     size = mask.block_size
     lists = cache(mask.indices)
@@ -299,11 +299,10 @@ def kernel_calls(
             raise ValueError(f"differs from the table's tile by {error}")
         return lambda: ours(tile=tile)
 
-    def eight_bits(precision: str, errors: dict[str, Any]) -> Callable:
+    def eight_bits(precision: str, errors: dict[str, Any], tile: Tile | None = None) -> Callable:
         def call():
-            chosen = mask.work_order
-            options = {"block_size": size, "order": chosen, "precision": precision}
-            return block_sparse_fwd(q, k, v, *lists(), **options)
+            options = {"order": mask.work_order, "precision": precision, "tile": tile}
+            return block_sparse_fwd(q, k, v, *lists(), block_size=size, **options)
 
         (out, lse), (want, want_lse) = call(), ours()
         errors["relative_error"] = ((out - want).float().norm() / want.float().norm()).item()
@@ -333,6 +332,10 @@ def kernel_calls(
             name = f"triton {tuple(tile[:4])}"
             name = name.replace(")", ", gluon)") if tile.gluon else name
             yield name, lambda tile=tile: candidate(tile), {"tile": list(tile)}
+        tile = tile_for(FORWARD_FP8, q.device, "descriptor", q.shape[-1], size)
+        errors = {"tile": list(tile)}
+        name = f"triton {tuple(tile[:4])} fp8"
+        yield name, partial(eight_bits, "fp8", errors, tile), errors
 
 
 def fa4_call(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Callable:
@@ -541,8 +544,21 @@ def check_cases(bench: Bench) -> None:
 
 def check_gluon(bench: Bench) -> None:
     """The cases that Gluon kernels serve. Run it alone under `timeout`: a barrier may hang."""
-    from kernel_cases import CASES, check_attention, check_mass, gluon_mass_tiles, gluon_tile
+    from kernel_cases import (
+        CASES,
+        EIGHT_BIT_CASES,
+        check_8_bits,
+        check_attention,
+        check_mass,
+        gluon_fp8_tile,
+        gluon_mass_tiles,
+        gluon_tile,
+    )
 
+    for case in EIGHT_BIT_CASES:
+        if tile := gluon_fp8_tile(case):
+            check = partial(check_8_bits, case, "cuda", "fp8", tile)
+            run_case(bench, "gluon case", f"{case.name} fp8", check)
     for case in CASES:
         if tile := gluon_tile(case):
             check = partial(check_attention, case, "cuda", tile)

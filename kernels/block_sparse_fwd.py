@@ -325,7 +325,7 @@ def default_tile(
 ) -> Tile:
     """The tile of the table for tensors like these, of Triton's kernel alone if asked for."""
     path, head_dim = load_path(query, key, value), query.shape[-1]
-    # What the Gluon kernel serves: 16 bits, whole head dims.
+    # What the Gluon kernels serve: whole head dims.
     served = path == "descriptor" and not triton_only and head_dim in (64, 128)
     gluon = served and gluon_runs(query.device)
     found = tuned_tile(query.device, problem(path, head_dim, block_size))
@@ -398,19 +398,27 @@ def block_sparse_fwd(
     out = torch.empty(query.shape, dtype=value.dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
 
-    q_scales = k_scales = v_scales = shift = None
+    q_scales = k_scales = shift = None
     if precision != "full":
         check_precision(query, precision)
         given = query, key, block_size, kv_len, precision
         query, key, q_scales, k_scales, shift = quantize(*given)
-    if precision == "fp8":
-        value, v_scales = quantize_values(value, block_kv, kv_len)
-    path, dim = load_path(query, key, value), padded_head_dim(head_dim)
-    descriptors = path == "descriptor"
-
-    describe_v = describe if v_scales is None else describe_values_8_bits
+    fp8 = precision == "fp8"  # then values are in 8 bits, too, as the kernel wants them
+    read = query, key, key if fp8 else value
+    descriptors, dim = load_path(*read) == "descriptor", padded_head_dim(head_dim)
+    describe_v = describe_values_8_bits if fp8 else describe
 
     def run(tile: Tile) -> None:
+        v, v_scales = value, None
+        if fp8:
+            v, v_scales = quantize_values(value, block_kv, kv_len, by_block=tile.gluon)
+        if tile.gluon and fp8:
+            from .hopper_fp8 import hopper_fp8
+
+            scales = {"q_scales": q_scales, "k_scales": k_scales, "v_scales": v_scales}
+            given = query, key, v, kv_num_blocks, kv_indices, out, lse
+            options = {"block_size": block_size, "scale": scale, "order": order, "tile": tile}
+            return hopper_fp8(*given, **scales, shift=shift, **options)
         if tile.gluon:
             from .hopper_fwd import hopper_fwd
             from .hopper_specialized_fwd import hopper_specialized_fwd
@@ -423,7 +431,7 @@ def block_sparse_fwd(
         block_sparse_fwd_kernel[(q_blocks * (block_q // rows) * heads * batch,)](
             q=describe(query, rows) if descriptors else query,
             k=describe(key, columns) if descriptors else key,
-            v=describe_v(value, columns) if descriptors else value,
+            v=describe_v(v, columns) if descriptors else v,
             out_ptr=out,
             lse_ptr=lse,
             kv_num_blocks_ptr=kv_num_blocks,
@@ -436,7 +444,7 @@ def block_sparse_fwd(
             shift_ptr=shift,
             q_strides=query.stride(),
             k_strides=key.stride(),
-            v_strides=value.stride(),
+            v_strides=v.stride(),
             out_strides=out.stride(),
             num_blocks_strides=kv_num_blocks.stride(),
             indices_strides=kv_indices.stride(),
@@ -459,9 +467,9 @@ def block_sparse_fwd(
     key_of = ("block_sparse_fwd", device, query.dtype, dim, block_size)
     with torch.cuda.device_of(query):
         if tile is None:
-            # The Gluon kernel knows neither valid lengths nor 8 bits.
-            own = kv_len is not None or precision != "full"
-            tile = default_tile(query, key, value, block_size, own)
+            # The Gluon kernels know neither valid lengths nor INT8.
+            own = kv_len is not None or precision == "int8"
+            tile = default_tile(*read, block_size, own)
             launch(key_of, tile.within(block_size), run)
         else:
             run(tile.within(block_size))

@@ -36,7 +36,11 @@ from .tiles import Tile
 
 # Triton 3.9 has renamed it.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 @gluon.jit

@@ -79,11 +79,12 @@ FORWARD = {
     ("other", "float32"): FLOAT32,
 }
 # Of FP8, whose products leave the softmax to be waited for: more programs, less each.
+GLUON_FP8 = [Tile(64, 128, 4, 2, True), Tile(64, 64, 4, 2, True)]
 FORWARD_FP8 = FORWARD | {
     ("hopper", "descriptor"): {
         32: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
-        64: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
-        128: [Tile(64, 128, 4, 2), Tile(64, 64, 4, 4)],
+        64: [*GLUON_FP8, Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
+        128: [*GLUON_FP8, Tile(64, 128, 4, 2), Tile(64, 64, 4, 4)],
         256: [Tile(64, 64, 4, 2)],
     },
 }

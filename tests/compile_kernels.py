@@ -143,6 +143,19 @@ def gluon_launches():
             )
 
 
+def gluon_fp8_launches():
+    for head_dim in (64, 128):
+        x = torch.zeros(1, 512, 2, head_dim, dtype=torch.bfloat16)
+        for tile in tiles.GLUON_FP8:
+            for rows in (64, 128):
+                counts = torch.zeros(1, 2, 512 // rows, dtype=torch.int32)
+                indices = torch.zeros(1, 2, 512 // rows, 8, dtype=torch.int16)
+                options = {"block_size": (rows, tile.columns), "order": counts.flatten()}
+                options |= {"precision": "fp8", "tile": tile}
+                run = partial(block_sparse_fwd, x, x, x, counts, indices, **options)
+                yield f"gluon fp8 d{head_dim} {rows} {tile[:4]}", run
+
+
 def gluon_mass_launches():
     lse = torch.zeros(1, 2, 512)
     for head_dim in (64, 128):
@@ -196,7 +209,7 @@ def main() -> None:
     eight_bits = ("int8", "fp8") if target.backend == "cuda" and target.arch >= 89 else ("int8",)
     chosen = list(launches(arguments.all, eight_bits))
     if arguments.gluon:
-        chosen = [*gluon_launches(), *gluon_mass_launches()]
+        chosen = [*gluon_launches(), *gluon_fp8_launches(), *gluon_mass_launches()]
     if arguments.only:
         chosen = [launch for launch in chosen if launch[0] in arguments.only]
     for name, call in chosen:

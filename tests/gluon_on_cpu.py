@@ -37,6 +37,9 @@ class Values(Tensor):
     def __iadd__(self, other: Any) -> "Values":
         return self + other  # names are bound anew, nothing changes in place
 
+    def __imul__(self, other: Any) -> "Values":
+        return self * other
+
     def store(self, x: Tensor) -> None:
         self.copy_(x)
 
@@ -53,6 +56,7 @@ class Pointer:
 
     def __init__(self, storage: Tensor, offset: Any = 0):
         self.storage, self.offset = storage, values(offset)
+        self.dtype = types.SimpleNamespace(element_ty=storage.dtype)
 
     def __add__(self, other: Any) -> "Pointer":
         return Pointer(self.storage, self.offset + other)
@@ -113,11 +117,11 @@ class Product:
 
     def __init__(self, a: Tensor, b: Tensor, acc: Tensor | None):
         self.a, self.b, self.acc = a, b, acc
-        self.before = a.clone(), b.clone()
+        self.before = a.float().clone(), b.float().clone()
 
     def result(self) -> Values:
         for now, before in zip((self.a, self.b), self.before):
-            same = torch.equal(now.nan_to_num(), before.nan_to_num())
+            same = torch.equal(now.float().nan_to_num(), before.nan_to_num())
             assert same, "an operand was overwritten before its product ended"
         product = self.a.float() @ self.b.float()
         return values(product if self.acc is None else product + self.acc)
@@ -166,6 +170,7 @@ class Language:
     """`gl` of one program. Layouts are nothing here."""
 
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
+    float8e4nv = torch.float8_e4m3fn
 
     def __init__(self, program: tuple[int, ...], grid: tuple[int, ...]):
         self.program, self.grid, self.barriers = program, grid, []
@@ -254,7 +259,7 @@ class Language:
     def log2(self, x: Tensor) -> Values:
         return torch.log2(x)
 
-    def convert_layout(self, x: Tensor, _: Any) -> Tensor:
+    def convert_layout(self, x: Tensor, _: Any, assert_trivial: bool = False) -> Tensor:
         return x
 
 

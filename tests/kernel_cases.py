@@ -204,6 +204,12 @@ def gluon_tile(case: Case) -> Tile | None:
     return None if min(rows, columns) < 64 else Tile(rows, columns, rows // 16, 2, gluon=True)
 
 
+def gluon_fp8_tile(case: Case) -> Tile | None:
+    """The same in FP8, whose programs have 64 rows."""
+    tile = gluon_tile(case)
+    return tile and Tile(64, tile.columns, 4, 2, gluon=True)
+
+
 def check_attention(case: Case, device: str, tile: Tile | None = None) -> dict[str, float]:
     """Run the kernel on `case`; raise AssertionError unless it is within the rule.
 
@@ -264,7 +270,9 @@ EIGHT_BIT_CASES = [
 EIGHT_BITS = {"int8": (0.02, 0.05, 2e-3, 5e-3), "fp8": (0.07, 0.15, 0.06, 0.03)}
 
 
-def check_8_bits(case: Case, device: str, precision: str) -> dict[str, float]:
+def check_8_bits(
+    case: Case, device: str, precision: str, tile: Tile | None = None
+) -> dict[str, float]:
     """Run the kernel in 8 bits on `case`, its keys far from 0, against two float64 oracles.
 
     Of the rounded inputs it must be what `check_attention` asks, but for elements that may round
@@ -288,7 +296,7 @@ def check_8_bits(case: Case, device: str, precision: str) -> dict[str, float]:
         for sample, length in enumerate(kv_len.tolist()):
             key[sample, length:] = value[sample, length:] = float("nan")
     counts, indices = to_lists(blocks, case.index_dtype)
-    options = {"block_size": case.block_size, "scale": case.scale, "kv_len": kv_len}
+    options = {"block_size": case.block_size, "scale": case.scale, "kv_len": kv_len, "tile": tile}
     out, lse = block_sparse_fwd(query, key, value, counts, indices, precision=precision, **options)
     assert out.shape == query.shape and out.dtype == query.dtype
     rms_limit, lse_limit, room, lse_room = EIGHT_BITS[precision]

@@ -11,9 +11,12 @@ import torch
 import triton
 from kernel_cases import (
     CASES,
+    EIGHT_BIT_CASES,
     Case,
+    check_8_bits,
     check_attention,
     check_mass,
+    gluon_fp8_tile,
     gluon_mass_tiles,
     gluon_tile,
     to_lists,
@@ -27,6 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gluon_on_cpu import Emulated  # noqa: E402
 
 from dit_sparse.kernels import (  # noqa: E402
+    hopper_fp8,
     hopper_fwd,
     hopper_specialized_fwd,
     hopper_specialized_mass,
@@ -116,6 +120,38 @@ def test_mass_by_warp_groups_matches_the_dense_softmax(monkeypatch, case):
     monkeypatch.setattr(hopper_specialized_mass, "hopper_specialized_mass_kernel", kernel)
     for tile in gluon_mass_tiles(case):
         check_mass(case, "cpu", tile)
+
+
+def in_fp8(monkeypatch, *cases):
+    kernel = Emulated(hopper_fp8, "hopper_fp8_kernel")
+    monkeypatch.setattr(hopper_fp8, "hopper_fp8_kernel", kernel)
+    return [check_8_bits(case, "cpu", "fp8", gluon_fp8_tile(case)) for case in cases]
+
+
+@pytest.mark.parametrize(
+    "case", filter(gluon_fp8_tile, EIGHT_BIT_CASES), ids=lambda case: case.name
+)
+def test_fp8_is_attention_of_rounded_inputs(monkeypatch, case):
+    in_fp8(monkeypatch, case)
+
+
+def test_fp8_over_many_blocks(monkeypatch):
+    small = replace(MANY, block_size=(64, 64), kept="some", batch=2, heads=3)
+    in_fp8(monkeypatch, MANY, small)
+
+
+def test_fp8_of_blocks_whose_values_are_far_apart_in_size(monkeypatch):
+    """A weight holds the scale of its block's values: e4m3 must bear that."""
+    monkeypatch.setattr(kernel_cases, "draw", draw_unlike)
+    (errors,) = in_fp8(monkeypatch, replace(MANY, block_size=(64, 64)))
+    assert errors["from_exact"] < 0.07
+
+
+def draw_unlike(case, device, draw=kernel_cases.draw):
+    query, key, value, blocks, kv_len = draw(case, device)
+    sizes = torch.tensor([1e-30, 0.01, 1, 0.1]).repeat_interleave(64)
+    value = value * sizes.repeat(1 + case.kv_len // 256)[: case.kv_len, None, None].to(value)
+    return query, key, value, blocks, kv_len
 
 
 LOAD_K = "    load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 <= last)\n"

@@ -27,6 +27,7 @@ from kernel_cases import (  # noqa: E402
     check_tail,
     check_top_k,
     draw,
+    gluon_fp8_tile,
     gluon_mass_tiles,
     gluon_tile,
     to_lists,
@@ -42,6 +43,7 @@ from dit_sparse.kernels.block_lists import block_lists  # noqa: E402
 from dit_sparse.kernels.block_mass import block_mass  # noqa: E402
 from dit_sparse.kernels.block_pool import block_pool  # noqa: E402
 from dit_sparse.kernels.block_sparse_fwd import block_sparse_fwd  # noqa: E402
+from dit_sparse.kernels.quantize import fold_scales, quantize_values  # noqa: E402
 from dit_sparse.kernels.tail_fwd import tail_fwd  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,6 +122,34 @@ def test_8_bits_are_attention_of_rounded_inputs(case, path):
 def test_8_bits_in_every_case(case, path):
     for precision in ("int8", "fp8"):
         check_8_bits(case, DEVICE, precision)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_values_in_fp8_stand_where_they_are_told_to(by_block):
+    value = torch.randn(2, 150, 3, 40, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    rounded, scale = quantize_values(value, 64, by_block=by_block)
+    if by_block:
+        assert rounded.shape == (2, 3, 3, 40, 64)
+        places = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+        back = torch.empty_like(rounded.float()).unflatten(-1, (4, 16))
+        back[..., places.to(DEVICE)] = rounded.float().unflatten(-1, (4, 16))
+        rounded = back.flatten(-2).transpose(2, 3).flatten(3)
+    exact = rounded.float().unflatten(-1, (3, 64)) * scale[:, :, None, :, None]
+    exact = exact.flatten(3).permute(0, 3, 1, 2)
+    assert (exact[:, 150:] == 0).all()
+    torch.testing.assert_close(exact[:, :150], value, rtol=0.07, atol=0.01)
+
+
+def test_scales_of_blocks_become_a_part_of_the_weights():
+    k_scale, v_scale = torch.rand(2, 3, 1500, device=DEVICE) + 0.1, torch.rand(2, 3, 1500) + 0.1
+    v_scale = v_scale.to(DEVICE)
+    v_scale[0, 0, 7] = 1e-30
+    scales, out_scale = fold_scales(k_scale, v_scale)
+    assert scales[..., 0].equal(k_scale)
+    torch.testing.assert_close(out_scale, v_scale.amax(-1) / 256)
+    share = (v_scale / out_scale[..., None]).clamp(min=2.0**-60)
+    torch.testing.assert_close(scales[..., 1].exp2(), share)
+    torch.testing.assert_close(scales[..., 2] * share, torch.ones_like(share))
 
 
 def test_a_head_dim_that_tma_cannot_address_goes_through_pointers(path):
@@ -349,6 +379,15 @@ def test_the_tile_that_won_on_hopper_is_taken(monkeypatch, head_dim, block, gluo
     assert tiles.tile_for(*asked) == other
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+def test_fp8_runs_in_gluon_on_hopper(monkeypatch, head_dim, block):
+    monkeypatch.setattr(tiles, "family", lambda device: "hopper")
+    asked = tiles.FORWARD_FP8, torch.device("cpu"), "descriptor", head_dim, (block, block)
+    assert tiles.tile_for(*asked, gluon=True) == (64, block, 4, 2, True)
+    assert tiles.tile_for(*asked).gluon is False
+
+
 @pytest.mark.parametrize(
     "head_dim, dtype, tile",
     [
@@ -521,7 +560,8 @@ def test_kernels_compile_for_hopper_with_wgmma_and_tma():
 def test_the_gluon_kernel_compiles_for_hopper_and_its_products_overlap():
     for kernel in compile_for("sm_90", "--gluon"):
         assert kernel["shared"] <= SHARED_MEMORY["sm_90"], kernel
-        assert kernel["wgmma"] > 0 and kernel["tma"] > 0 and not kernel["serialized"], kernel
+        if not kernel["kernel"].startswith("before"):
+            assert kernel["wgmma"] > 0 and kernel["tma"] > 0 and not kernel["serialized"], kernel
 
 
 @pytest.mark.gpu
@@ -530,6 +570,16 @@ def test_the_gluon_kernel_is_as_exact_as_math_attention(case):
     if NOT_HOPPER:
         pytest.skip("needs Hopper")
     check_attention(case, DEVICE, gluon_tile(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", filter(gluon_fp8_tile, EIGHT_BIT_CASES), ids=lambda case: case.name
+)
+def test_the_gluon_kernel_of_fp8_is_attention_of_rounded_inputs(case):
+    if NOT_HOPPER:
+        pytest.skip("needs Hopper")
+    check_8_bits(case, DEVICE, "fp8", gluon_fp8_tile(case))
 
 
 @pytest.mark.gpu
