@@ -71,6 +71,7 @@ BASELINES = "auto", "adaspa"  # of paired differences, the first that was run
 RESAMPLES = 200_000  # the tails of many intervals at once
 AT_ONCE = 50  # videos: HunyuanVideo's own attention takes 0.24 GB of each
 DENSE = AdaSpa(density=1.0)
+AHEAD = 10_000_000  # cycles, 5 ms, that a GPU waits before a timed call, for the host to issue it
 # Videos this small stand for larger ones: `auto` would rather run them dense on a GPU.
 RUNS_SPARSE = {"auto": {"dense_if_faster": False}}
 MOST_TIME = 1.5  # that is drawn, of dense attention's
@@ -257,7 +258,10 @@ def gpu_of(lock, alone=False):
 
 
 class attention_clock:
-    """Counts the time inside `LayerAttention`; gives a function that returns the seconds."""
+    """Counts the time inside `LayerAttention`; gives a function that returns the seconds.
+
+    On a GPU that of its own work: at the sizes here the host is slower, and far less even.
+    """
 
     def __init__(self, device):
         self.cuda, self.spans = device == "cuda", []
@@ -279,6 +283,8 @@ class attention_clock:
         self.original = original = LayerAttention.__call__
 
         def timed(layer, *args):
+            if self.cuda:
+                torch.cuda._sleep(AHEAD)
             start = self.now()
             output = original(layer, *args)
             self.spans.append((start, self.now()))

@@ -1,7 +1,8 @@
 """Dense attention that also returns its log-sum-exp.
 
-torch computes it in every fused kernel but shows it only through private operators; this file is
-the one place that calls them. Our own kernel with all blocks kept is the fallback.
+flash-attn-4 gives it, where it is installed and serves the tensors. torch computes it in every
+fused kernel but shows it only through private operators; this file is the one place that calls
+them. Our own kernel with all blocks kept is the fallback.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .attention import sparse_attention
 from .block_mask import BlockMask
+from .engines import Problem, fa4, why_not
 
 
 def dense_attention_with_lse(
@@ -22,6 +24,10 @@ def dense_attention_with_lse(
     Returns:
         output (B, Sq, H, D) and lse (B, H, Sq) float32, natural log.
     """
+    block, lengths = (128, 128), kv_len is not None
+    problem = Problem(query.device, query.dtype, query.shape[-1], block, lengths)
+    if why_not("fa4", problem) is None:
+        return fa4.attend_densely(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     try:
         if kv_len is not None:

@@ -37,7 +37,8 @@ from .quantize import fold_scales
 from .tiles import Tile
 
 ROWS = 64  # of a program
-MAX_REGISTERS = {64: 168, 128: None}  # by head dim: three programs a multiprocessor, or two
+# At head dim 64, by columns: four or three programs a multiprocessor; two at 128 need no limit.
+MAX_REGISTERS = {64: 128, 128: 168}
 
 
 @gluon.jit
@@ -307,5 +308,5 @@ def hopper_fp8(
         COLUMNS=tile.columns,
         BLOCK_Q=block_size[0],
         num_warps=4,
-        maxnreg=MAX_REGISTERS[head_dim],
+        maxnreg=MAX_REGISTERS[tile.columns] if head_dim == 64 else None,
     )

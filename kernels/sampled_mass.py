@@ -21,6 +21,7 @@ from torch import Tensor
 from .dot import (
     LOG2_E,
     check_block_size,
+    check_index,
     check_scale,
     check_tensors,
     describe,
@@ -70,17 +71,18 @@ def tile_parts(
     return new_max, running_sum * tl.exp2(running_max - new_max) + tl.sum(sums, 1)
 
 
-@triton.jit(do_not_specialize=["rows", "kv_len", "groups", "spans", "heads", "tiles", "total"])
+@triton.jit(do_not_specialize=["rows", "max_kv_len", "groups", "spans", "heads", "tiles", "total"])
 def sampled_mass_kernel(
     q,
     k,
     mass_ptr,
     parts_ptr,
+    kv_len_ptr,
     q_strides,
     k_strides,
     mass_strides,
     rows,
-    kv_len,
+    max_kv_len,
     groups,
     spans,
     heads,
@@ -97,9 +99,12 @@ def sampled_mass_kernel(
     DESCRIPTORS: tl.constexpr,
 ):
     parts_ptr += tl.program_id(0).to(tl.int64) * spans * ROWS  # (spans, ROWS)
-    full_tiles = kv_len // COLUMNS
     for work in range(tl.program_id(0), total, tl.num_programs(0)):
         tile_index, head, batch = work % tiles, work // tiles % heads, work // tiles // heads
+        kv_len = max_kv_len
+        if kv_len_ptr is not None:
+            kv_len = tl.minimum(tl.load(kv_len_ptr + batch), max_kv_len)
+        full_tiles = kv_len // COLUMNS
         first = tile_index * ROWS
         q_tile = load_tile(
             q, q_strides, batch, head, first, rows, HEAD_DIM, BLOCK_D, ROWS, DESCRIPTORS, True
@@ -118,8 +123,8 @@ def sampled_mass_kernel(
                 running_max, running_sum, parts_ptr,
                 HEAD_DIM, BLOCK_D, ROWS, COLUMNS, SPAN, DESCRIPTORS, True,
             )  # fmt: skip
-        # A row that does not exist has no mass: exp2(x - inf) = 0.
-        exists = first + tl.arange(0, ROWS) < rows
+        # A row that does not exist, or has no key, has no mass: exp2(x - inf) = 0.
+        exists = (first + tl.arange(0, ROWS) < rows) & (kv_len > 0)
         lse_log2 = tl.where(exists, running_max + tl.log2(running_sum), float("inf"))  # (ROWS,)
 
         group = tile_index * (ROWS // GROUP) + tl.arange(0, ROWS // GROUP)
@@ -134,7 +139,7 @@ def sampled_mass_kernel(
             columns = start + tl.arange(0, CHUNK)
             parts = tl.load(
                 parts_ptr + columns[:, None] * ROWS + tl.arange(0, ROWS)[None, :],
-                mask=(columns < spans)[:, None],
+                mask=(columns * SPAN < kv_len)[:, None],
                 other=float("-inf"),
             )  # (CHUNK, ROWS)
             probs = tl.exp2(parts - lse_log2[None, :])
@@ -158,6 +163,7 @@ def sampled_mass(
     rows_per_block: int,
     block_size: int,
     scale: float | None = None,
+    kv_len: Tensor | None = None,
 ) -> Tensor:
     """Softmax mass that sampled queries of each q block put on each kv block.
 
@@ -167,6 +173,7 @@ def sampled_mass(
         key: `(B, S_kv, H, D)`.
         block_size: tokens of a kv block: 32, 64 or 128.
         scale: softmax scale, 1 / sqrt(D) by default.
+        kv_len: `(B,)` int32, valid keys of each sample; all by default.
 
     Returns:
         `(B, H, ceil(R / rows_per_block), Nkv)` in float32; a row sums to its number of queries.
@@ -179,14 +186,17 @@ def sampled_mass(
             "Sample one row in 8 of a block of 64."
         )
     batch, rows, heads, head_dim = query.shape
-    kv_len = key.shape[1]
+    max_kv_len = key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
     check_scale(scale)
+    if kv_len is not None:
+        check_index("kv_len", kv_len, (batch,), (torch.int32,), query.device)
+        kv_len = kv_len.contiguous()
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
 
     path, dim = load_path(query, key), padded_head_dim(head_dim)
     descriptors = path == "descriptor"
-    q_blocks, kv_blocks = triton.cdiv(rows, rows_per_block), triton.cdiv(kv_len, block_size)
+    q_blocks, kv_blocks = triton.cdiv(rows, rows_per_block), triton.cdiv(max_kv_len, block_size)
     mass = query.new_empty(0)
 
     def run(tile: Tile) -> None:
@@ -194,7 +204,7 @@ def sampled_mass(
         # Parts of a block are summed afterwards.
         group, span = min(rows_per_block, tile.rows), min(block_size, tile.columns)
         groups, parts = q_blocks * (rows_per_block // group), block_size // span
-        spans, tiles = triton.cdiv(kv_len, span), triton.cdiv(rows, tile.rows)
+        spans, tiles = triton.cdiv(max_kv_len, span), triton.cdiv(rows, tile.rows)
         whole = tiles * (tile.rows // group) >= groups and spans == kv_blocks * parts
         # What no tile covers must read 0 in the sum.
         allocate = torch.empty if whole else torch.zeros
@@ -208,11 +218,12 @@ def sampled_mass(
             k=describe(key, tile.columns) if descriptors else key,
             mass_ptr=mass,
             parts_ptr=scratch,
+            kv_len_ptr=kv_len,
             q_strides=query.stride(),
             k_strides=key.stride(),
             mass_strides=mass.stride(),
             rows=rows,
-            kv_len=kv_len,
+            max_kv_len=max_kv_len,
             groups=groups,
             spans=spans,
             heads=heads,

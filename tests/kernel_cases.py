@@ -368,22 +368,27 @@ def check_mass(case: Case, device: str, tile: Tile | None = None) -> dict[str, f
 
 def check_sampled(case: Case, device: str) -> dict[str, float]:
     """Run `sampled_mass` on one row in four of `case`; the limit is that of `check_mass`."""
-    query, key, _, _, _ = draw(case, device)
+    query, key, _, blocks, kv_len = draw(case, device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     block_q, block_kv = case.block_size
     query = query[:, ::4]
     q, k = query.transpose(1, 2), key.transpose(1, 2)
     exact = q.double() @ k.double().transpose(2, 3) * scale
     product = (q @ k.transpose(2, 3)).double() * scale
+    valid = token_mask(case, torch.ones_like(blocks), kv_len)[:, :, :1]
+    if kv_len is not None:  # what lies behind a sample's end must not matter
+        for sample, length in enumerate(kv_len.tolist()):
+            key[sample, length:] = float("nan")
 
     def fold(scores: Tensor) -> Tensor:
-        rows = [part.sum(2) for part in scores.softmax(-1).split(block_q // 4, 2)]
+        weights = scores.masked_fill(~valid, float("-inf")).softmax(-1)
+        rows = [part.sum(2) for part in weights.nan_to_num(0.0).split(block_q // 4, 2)]
         return torch.stack(
             [torch.stack([part.sum(-1) for part in r.split(block_kv, -1)], -1) for r in rows], 2
         )
 
     want = fold(exact)
-    mass = sampled_mass(query, key, block_q // 4, block_kv, case.scale)
+    mass = sampled_mass(query, key, block_q // 4, block_kv, case.scale, kv_len)
     assert mass.shape == want.shape and mass.dtype == torch.float32
     error = max_error(mass, want)
     limit = 2 * max_error(fold(product), want) + 1e-5 * block_q

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dit_sparse import BlockMask, attention, reference, sparse_attention
+from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.engines import ENGINES, Problem, fa4, preferred, triton_engine, why_not
 from dit_sparse.patterns.adaspa import AdaSpa
 
@@ -128,6 +129,23 @@ def test_fa4_that_fits_is_taken(monkeypatch):
         flash_attn_func=lambda q, k, v, softmax_scale, block_sparse_tensors, return_lse: None,
     )
     assert fa4.mismatch.__wrapped__() is None
+
+
+def test_dense_attention_with_its_lse_is_of_fa4_where_that_serves(monkeypatch):
+    given = []
+
+    def flash_attn_func(q, k, v, **options):
+        given.append(options)
+        return q, q[..., 0], None
+
+    installed(monkeypatch, flash_attn_func=flash_attn_func)
+    monkeypatch.setattr(fa4, "missing", lambda device: None)
+    query = torch.zeros(1, 100, 2, 64, dtype=torch.bfloat16)
+    assert dense_attention_with_lse(query, query, query)[0] is query
+    assert given == [{"return_lse": True}]
+    dense_attention_with_lse(*[query.float()] * 3)
+    dense_attention_with_lse(*[query] * 3, kv_len=torch.tensor([70], dtype=torch.int32))
+    assert len(given) == 1
 
 
 def test_missing_fa4_names_the_extra(monkeypatch):

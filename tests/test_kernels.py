@@ -185,7 +185,7 @@ def test_block_pool_averages_valid_tokens(case):
 
 @by_name(
     "d64-bf16", "d128-fp16", "d40-bf16", "d64-fp32", "block-64-128", "block-32-32",
-    "shorter-than-a-block", "transposed",
+    "shorter-than-a-block", "transposed", "kv-len-per-sample", "kv-len-inside-big-blocks",
 )  # fmt: skip
 def test_sampled_mass(case, path):
     if path == "descriptor" and case.dtype == FP32:

@@ -13,6 +13,7 @@ Facts of its interface, read in 4.0.0b36:
 import inspect
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,15 +96,17 @@ def attend(
     precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    lists = BlockSparseTensorsTorch(**block_mask.to_fa4())
+    return attend_densely(query, key, value, softmax_scale=scale, block_sparse_tensors=lists)
+
+
+def attend_densely(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and natural-log LSE of all keys, unless `options` say otherwise."""
     from flash_attn.cute.interface import flash_attn_func
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    output, lse = flash_attn_func(
-        query,
-        key,
-        value,
-        softmax_scale=scale,
-        block_sparse_tensors=BlockSparseTensorsTorch(**block_mask.to_fa4()),
-        return_lse=True,
-    )[:2]
+    output, lse = flash_attn_func(query, key, value, return_lse=True, **options)[:2]
     return output, lse

@@ -180,12 +180,10 @@ def mass_of_rows(
     refuse_missing("triton", query.device)
     from ..kernels.sampled_mass import sampled_mass
 
-    if search.lengths is None:
-        return sampled_mass(query, key, *how)
-    samples = zip(query.split(1), key.split(1), search.lengths, strict=True)
-    masses = [sampled_mass(q, k[:, :n], *how) for q, k, n in samples]
-    blocks = search.grid.num_blocks(block_size)
-    return torch.cat([F.pad(mass, (0, blocks - mass.shape[-1])) for mass in masses])
+    kv_len = search.lengths
+    if kv_len is not None:
+        kv_len = torch.tensor(kv_len, dtype=torch.int32, device=key.device)
+    return sampled_mass(query, key, *how, kv_len=kv_len)
 
 
 def _mass_in_torch(
