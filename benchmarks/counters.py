@@ -29,7 +29,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from environment import environment  # noqa: E402
 from result_file import write_result  # noqa: E402
 
-SHAPES = {"wan-1.3b": (12, 32768, 128), "cogvideox-5b": (48, 17664, 64)}  # heads, tokens, head dim
+SHAPES = {  # heads, tokens, head dim
+    "wan-1.3b": (12, 32768, 128),
+    "cogvideox-5b": (48, 17664, 64),
+    "hunyuanvideo-720p": (24, 118784, 128),
+}
 DENSITY = 0.2
 METRICS = {
     "us": "gpu__time_duration.sum",

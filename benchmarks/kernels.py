@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -274,6 +275,18 @@ def dense_rows(bench: Bench, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> N
         from flash_attn.cute.interface import flash_attn_func
 
         bench.add(shape.name, "fa4-dense", lambda: flash_attn_func(q, k, v)[0], flops, **facts)
+    if find_spec("sageattention"):
+        from sageattention import sageattn
+
+        exact = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        error = distance(sageattn(q, k, v, tensor_layout="NHD"), exact)
+        call = partial(sageattn, q, k, v, tensor_layout="NHD")
+        extra = {"relative_error": error}
+        bench.add(shape.name, "sageattention", call, flops, extra=extra, **facts)
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    return ((x - exact).float().norm() / exact.float().norm()).item()
 
 
 def kernel_calls(
@@ -292,6 +305,8 @@ def kernel_calls(
         return block_sparse_fwd(q, k, v, *lists(), block_size=size, order=chosen, tile=tile)
 
     expected = cache(lambda: ours()[0])
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    dense = cache(lambda: F.scaled_dot_product_attention(*heads_first).transpose(1, 2))
 
     def candidate(tile: Tile) -> Callable:
         error = (ours(tile=tile)[0] - expected()).abs().max().item()
@@ -305,7 +320,9 @@ def kernel_calls(
             return block_sparse_fwd(q, k, v, *lists(), block_size=size, **options)
 
         (out, lse), (want, want_lse) = call(), ours()
-        errors["relative_error"] = ((out - want).float().norm() / want.float().norm()).item()
+        errors["relative_error"] = distance(out, want)
+        errors["error_to_dense"] = distance(out, dense())
+        errors["error_of_16_bits_to_dense"] = distance(want, dense())
         errors["max_error"] = (out - want).abs().max().item()
         errors["lse_error"] = (lse - want_lse).abs().max().item()
         return call
