@@ -33,7 +33,7 @@ from pareto import (  # noqa: E402
 
 from dit_sparse import AdaSpa, Auto  # noqa: E402
 from dit_sparse.config import SHARES  # noqa: E402
-from dit_sparse.patterns.auto import TARGETS  # noqa: E402
+from dit_sparse.patterns.auto import TAIL_TOKENS, TARGETS  # noqa: E402
 from dit_sparse.patterns.correct import add_residual  # noqa: E402
 from dit_sparse.patterns.score import exact_mass  # noqa: E402
 
@@ -76,8 +76,9 @@ def variants(config):
     options = config.to_dict()
     yield "auto", config
     yield "without tail", WithoutTail(**options)
-    for tokens in (16, 64):
-        yield f"means of {tokens} tokens", replace(config, tail_tokens=tokens)
+    for tokens in TAIL_TOKENS:
+        if tokens <= config.block_size and tokens != config.tail_tokens:
+            yield f"means of {tokens} tokens", replace(config, tail_tokens=tokens)
     yield "without residual", replace(config, residual=None)
     yield "without both", WithoutTail(**options | {"residual": None})
     yield "exact masks", ExactMasks(**options)

@@ -19,7 +19,8 @@ def test_presets(box):
     trials, wanted = stored["evidence"]["trials"], stored["evidence"]["wanted_psnr"]
     chosen = min((t for t in trials if t["psnr"] >= wanted), key=lambda t: t["effective_cost"])
     config, _ = make_config(str(file), {})
-    assert config == Auto(**preset.options) == Auto(**chosen["options"])
+    assert config == Auto(**preset.options)
+    assert stored["options"] | chosen["options"] == stored["options"]
     told = table("docs/choosing.md", "preset")[f"[{box}](../samples/presets/{box}_h200.json)"]
     assert are(told, chosen["psnr"], chosen["effective_cost"])
 
@@ -74,17 +75,38 @@ def test_more_damping_on_test_prompts():
     assert told in text("docs/log.md")
 
 
-def test_ablation_with_todays_defaults():
-    told = table("docs/log.md", "variant, today's defaults", "PSNR")
-    records = {r["method"]: r for r in result("ablation_auto_h200")["records"]}
-    assert told.keys() == records.keys()
+def test_ablation_on_three_pipelines():
+    found, told = result("ablation_auto_h200"), table("docs/log.md", "variant at equal cost", "Wan")
+    records = {(r["method"], r["pipeline"]): r for r in found["records"]}
+    assert told.keys() == {method for method, _ in records}
     for name, cells in told.items():
-        assert are(cells, records[name]["psnr"]), name
-        assert abs(records[name]["effective_cost"] - 0.41) < 0.01
-    for name in ("means of 64 tokens", "3 searches"):
-        (pair,) = (p for p in result("ablation_auto_h200")["paired"] if p["method"] == name)
-        low, high = pair["interval"]
-        assert low <= 0 <= high
+        for cell, box in zip(cells, BOXES, strict=True):
+            if cell == "-":
+                assert (name, box) not in records
+                continue
+            assert are([cell], records[name, box]["psnr"]), name
+            cost = records["auto", box]["effective_cost"]
+            assert abs(records[name, box]["effective_cost"] - cost) < 0.02
+    of = {(p["method"], p["pipeline"]): p for p in found["paired"]}
+    assert not [key for key, pair in of.items() if pair["interval"][0] > 0]
+    gains = [of["means of 64 tokens", box] for box in BOXES]
+    assert all(pair["interval"][0] <= 0 <= pair["interval"][1] for pair in gains)
+    sentence = "Means of 64 tokens are {:.1f} dB better on Wan, {:.1f} worse on HunyuanVideo"
+    sentence += " and {:.1f} better on"
+    wan, hunyuan, cog = (pair["psnr"] for pair in gains)
+    assert sentence.format(wan, -hunyuan, cog) in text("docs/log.md")
+    searches = [of["3 searches", box]["psnr"] for box in BOXES]
+    told = "Three searches are {:.1f} dB better on Wan, {:.1f} and {:.1f} worse on the others"
+    assert told.format(searches[0], -searches[1], -searches[2]) in text("docs/log.md")
+    least = max(of["without residual", box]["psnr"] for box in BOXES)
+    most = min(of["without residual", box]["psnr"] for box in BOXES)
+    assert f"without a residual {-least:.1f} to {-most:.1f} dB are lost" in text("docs/log.md")
+    losses = [of["without tail", box]["psnr"] for box in BOXES]
+    told = f"without the tail {-max(losses):.1f} to {-min(losses):.1f}"
+    assert told in text("docs/log.md")
+    exact = [of["exact masks", box]["psnr"] for box in BOXES]
+    told = f"exact masks, which cost more to find, {-max(exact):.1f} to {-min(exact):.1f}"
+    assert told in text("docs/log.md")
 
 
 def test_densities_between():

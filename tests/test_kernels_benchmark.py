@@ -144,8 +144,9 @@ def test_variants_of_a_mask_on_the_interpreter(tmp_path, monkeypatch):
         assert found[engine]["lse_error"] < 2 * limit
     assert "ms" in found["triton"] and found["triton"]["tile"][4] is False
     assert "ms" in found["triton (64, 32, 4, 4)"]
-    gluon = list(found)[-1]
+    *_, gluon, fp8 = found
     assert gluon == "triton (64, 64, 4, 2, gluon)" and "error" in found[gluon]
+    assert fp8.endswith(" fp8") and found[fp8]["relative_error"] < 0.07
 
 
 def test_help_names_the_options():

@@ -45,8 +45,8 @@ def test_a_search_that_a_cache_skipped_is_made_up_for():
         (Rettention(density=0.1, search_at=(0.3, 0.5)), 10, 1, (3 + 2 * 1.1 + 5 * 0.1) / 10),
         (Window(density=0.3), 5, 0, (1 + 4 * 0.3) / 5),
         (DraftAttention(density=0.25), 8, 0, (2 + 6 * 0.25) / 8),
-        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 1, (1 + 2 * 1.225 + 0.2 + 4 / 32) / 5),
-        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 0.5, (1 + 2 * 0.725 + 0.2 + 4 / 32) / 5),
+        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 1, (1 + 2 * 1.225 + 0.2 + 4 / 64) / 5),
+        (Auto(density=0.1, search_at=(0.2, 0.8)), 5, 0.5, (1 + 2 * 0.725 + 0.2 + 4 / 64) / 5),
         (SolAttn(density=0.1, search_at=(0.2, 0.8)), 5, 0, (1 + 4 * (0.1 + 1 / 64)) / 5),
     ],
 )
@@ -80,5 +80,5 @@ def test_searches_too_near_to_another_are_left_out():
         kinds.append(step_kind(step, 8, Auto().search_at, found, apart=Auto.apart))
         found = step if kinds[-1] == "search" else found
     assert "".join(kind[0] for kind in kinds) == "dsrsrrsr"  # 1, 2, 3, 6
-    cost = (2 * 1.125 + 4 * (0.1 + 1 / 32)) / 4  # searches at 0 and 2
+    cost = (2 * 1.125 + 4 * (0.1 + 1 / 64)) / 4  # searches at 0 and 2
     assert Auto(density=0.1).planned_cost(4, 0.1, 1) == pytest.approx(cost)

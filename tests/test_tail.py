@@ -393,14 +393,13 @@ def test_the_density_of_sol_attn_bounds_rows_whose_best_means_are_four_nats_apar
     assert config.find(search).mask.sum(-1).eq(7).all()
 
 
-def test_means_are_of_whole_blocks_but_for_auto():
+def test_means_are_of_whole_blocks_or_of_64_tokens():
     assert SolAttn(block_size=32).tail_tokens == 32 and SolAttn().tail_share == 1 / 64
-    assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 32
+    assert Auto().tail_tokens == Auto(block_size=128).tail_tokens == 64
+    assert Auto(block_size=32).tail_tokens == Auto(block_size=32, tail_tokens=64).tail_tokens == 32
     assert Auto(tail_tokens=16).tail_share == 1 / 16 and AdaSpa().tail_share == 0
     with pytest.raises(ValueError, match="tail_tokens must be one of 16, 32, 64, 128, got 48"):
         Auto(tail_tokens=48)
-    with pytest.raises(ValueError, match="at most block_size, 32, got 64: choose"):
-        Auto(block_size=32, tail_tokens=64)
 
 
 def test_auto_hands_its_means_to_the_tail(monkeypatch):
