@@ -90,6 +90,8 @@ def variants(config):
             yield f"guidance shares {shares}", replace(config, share_guidance=shares)
     for damping in (0.0, 0.5, 1.0):
         yield f"damping {damping}", replace(config, damping=damping)
+    for precision in ("int8", "fp8"):
+        yield f"{precision} products", replace(config, precision=precision)
     for searches in (1, 2, 3, 6):
         yield f"{searches} searches", replace(config, search_at=schedule(first, searches, 1.5))
 
