@@ -39,7 +39,7 @@ class SparseConfig:
         block_size: tokens in a query block and in a key block.
         engine: "auto", "triton", "fa4" (flash-attn-4), "flex" (FlexAttention) or "torch".
         precision: of the products in sparse calls: "full" is the model's dtype, "int8" rounds
-            queries and keys, "fp8" values too: less exact, and hardly faster (docs/choosing.md).
+            queries and keys, "fp8" values too: less exact, faster on Hopper (docs/choosing.md).
         max_cache_bytes: refuse to run, at the first step, where more would be kept between steps.
     """
 
