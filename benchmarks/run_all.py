@@ -64,8 +64,13 @@ def timed(gpu: str, fa4: str) -> list[Task]:
     real = "--mask random --mask real --engine triton --engine fa4"
     search = "block_mass sampled_mass block_pool selection lists order reorder".split()
     search = " ".join(f"--engine {name}" for name in search) + " --mask real --density 0.2"
+    fp8 = " ".join(f"--engine '{name}'" for name in ("triton", "triton fp8", "quantize fp8", "fa4"))
+    fp8 += " --mask random --density 0.5 --density 0.2"
+    peers = "--engine triton --engine fa4 --engine flex --mask random --mask uneven --density 0.2"
     tasks = [
         Task("kernels", f"{kernels} --skip-search {real} --seconds 150"),
+        Task("kernels-fp8", f"{kernels} --skip-search {fp8} --seconds 110"),
+        Task("kernels-peers", f"{kernels} --skip-search {peers} --seconds 120"),
         Task("kernels-search", f"{kernels} {search} --seconds 60"),
         Task("counters", f"benchmarks/counters.py --out {{out}}/counters_{gpu}.json"),
     ]

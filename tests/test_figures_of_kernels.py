@@ -249,7 +249,9 @@ def test_single_calls_of_fp8_and_sageattention():
         for shape in ("cogvideox-5b", "hunyuanvideo-720p")
     ]
     ends = [end for of in others for end in (min(of), max(of))]
-    told = "{:.2f} and {:.2f} at Wan with blocks of 64, {:.2f} and {:.2f} with 128, {:.2f} to {:.2f}"
+    told = (
+        "{:.2f} and {:.2f} at Wan with blocks of 64, {:.2f} and {:.2f} with 128, {:.2f} to {:.2f}"
+    )
     told += " at CogVideoX, {:.2f} to {:.2f} at HunyuanVideo"
     page = text("docs/log.md")
     assert told.format(*wan, *ends) in page
@@ -275,7 +277,9 @@ def test_uneven_rows():
         for r in result("kernels_peers_h200")["records"]
         if r.get("density") == 0.2 and r["run"] == 0
     }
-    told = "uneven masks take {:.2f} ms with blocks of 128 and {:.2f} with 64, random ones {:.2f} and"
+    told = (
+        "uneven masks take {:.2f} ms with blocks of 128 and {:.2f} with 64, random ones {:.2f} and"
+    )
     uneven, random = ([ms[b, kind, "triton"] for b in (128, 64)] for kind in ("uneven", "random"))
     page = text("docs/log.md")
     assert (told + " {:.2f}").format(*uneven, *random) in page

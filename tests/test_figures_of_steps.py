@@ -1,5 +1,6 @@
 """Figures of README.md and docs/ are those of benchmarks/results: steps, caches, GPUs."""
 
+import math
 import re
 import sys
 
@@ -243,3 +244,13 @@ def test_overhead_of_autos_own_searches():
         told.append(f"{100 * (took - needed) / (50 * dense):.1f}")
     sentence = "last column is {}% beside cuDNN, {} beside flash-attn-4 at HunyuanVideo and {} at"
     assert sentence.format(*told) in text("docs/log.md")
+
+
+def test_what_masks_take_at_least():
+    bits = -(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8))
+    page = text("docs/log.md")
+    large = 24 * 60 * (-(-118860 // 64)) ** 2 * bits / 8 / 1e6
+    assert f"are {large:.0f} MB; at Wan 14B" in page
+    of = [40 * 40 * 2 * (-(-75600 // block)) ** 2 * bits / 8 / 1e6 for block in (64, 128)]
+    assert f"guidance, {of[0]:.0f} MB with blocks of 64" in page
+    assert f"and {of[1]:.0f} MB with 128" in page
