@@ -26,13 +26,18 @@ BEFORE_SCHEMA_2: dict[str, Any] = {"tail_tokens": 64, "damping": 0.0, "share_gui
 IDENTICAL_DB = 100.0  # stands for an infinite PSNR
 # Of `auto`, from cheap to dear, as the small pipelines had it best on tuning prompts.
 LADDER: tuple[dict[str, Any], ...] = (
-    {"density": 0.05, "search_at": (0.0, 0.2, 0.54), "share_guidance": "all"},
-    {"density": 0.1, "search_at": (0.0, 0.12, 0.35, 0.65), "share_guidance": "all"},
-    {"density": 0.1, "search_at": (0.08, 0.26, 0.58)},
-    {"density": 0.1, "search_at": (0.12, 0.23, 0.43, 0.69)},
-    {"density": 0.1, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
-    {"density": 0.2, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
-    {"density": 0.35, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
+    {"density": 0.05, "tail_tokens": 32, "search_at": (0.0, 0.2, 0.54), "share_guidance": "all"},
+    {
+        "density": 0.1,
+        "tail_tokens": 32,
+        "search_at": (0.0, 0.12, 0.35, 0.65),
+        "share_guidance": "all",
+    },
+    {"density": 0.1, "tail_tokens": 32, "search_at": (0.08, 0.26, 0.58)},
+    {"density": 0.1, "tail_tokens": 32, "search_at": (0.12, 0.23, 0.43, 0.69)},
+    {"density": 0.1, "tail_tokens": 32, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
+    {"density": 0.2, "tail_tokens": 32, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
+    {"density": 0.35, "tail_tokens": 32, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
 )
 
 

@@ -4,8 +4,9 @@ As in hopper_fwd, P V of a tile runs beside the exponentials of the next. A prog
 a tile is one whole kv block; the sum of a tile is made by the tensor cores, which keep few bits of
 it, and added to those before in float32. What 8 bits would cost beside that is avoided:
 
-- A weight is 256 v_scale / (largest v_scale of the head) times the probability, which is part of
-  its exponent: neither scales nor e4m3's range take a multiplication a score.
+- A weight is the probability times its block's scale of values, in 256ths of the largest such
+  product of the row: all of it is in the exponent, so that neither scales nor e4m3's range take a
+  multiplication a score, and only blocks that a row reads decide what its weights resolve.
 - Where a product leaves its sums, a thread has 2 neighbours of each 8 in a row; where the next one
   reads its weights, 4 of each 16. So values come with the tokens of each 16 in another order
   (`quantize_values`), and no weight has to move.
@@ -33,26 +34,26 @@ from .hopper_fwd import (
     lse_and_scale,
     shared_layout,
 )
-from .quantize import fold_scales
 from .tiles import Tile
 
 ROWS = 64  # of a program
-# At head dim 64, by columns: four or three programs a multiprocessor; two at 128 need no limit.
+# At head dim 64, by columns, for four or three programs a multiprocessor; at head dim 128 there are
+# two without a limit.
 MAX_REGISTERS = {64: 128, 128: 168}
 
 
 @gluon.jit
 def softmax_to_8_bits(scores, scales, seen, scale_log2, running_max, running_sum):
-    # Weights in float32 as e4m3 will hold them, `scales` of their block: of its keys, log2 of what
-    # weights are probabilities times, and its inverse.
-    k_scale, log2_share, inverse = scales
+    # Weights in float32 as e4m3 will hold them, up to 256; `scales` of their block: of its keys,
+    # log2 of that of its values, its inverse. The maximum is of logits with the scale of values.
+    k_scale, log2_v_scale, inverse = scales
     if seen is not None:
         scores = gl.where(seen[None, :], scores, float("-inf"))
     scale_log2 *= k_scale
-    new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+    new_max = gl.maximum(running_max, gl.fma(gl.max(scores, 1), scale_log2, log2_v_scale))
     rescale = gl.exp2(running_max - new_max)
-    weights = gl.exp2(gl.fma(scores, scale_log2, (log2_share - new_max)[:, None]))
-    running_sum = gl.fma(running_sum, rescale, gl.sum(weights, 1) * inverse)
+    weights = gl.exp2(gl.fma(scores, scale_log2, (log2_v_scale + 8.0 - new_max)[:, None]))
+    running_sum = gl.fma(running_sum, rescale, gl.sum(weights, 1) * (inverse * (1 / 256)))
     return weights, rescale, new_max, running_sum
 
 
@@ -67,17 +68,15 @@ def to_operand(weights, layout: gl.constexpr):
 
 
 @gluon.jit
-def read_scales(scales_row, block):
-    return (
-        gl.load(scales_row + block * 3),
-        gl.load(scales_row + block * 3 + 1),
-        gl.load(scales_row + block * 3 + 2),
-    )
+def read_scales(scales_rows, block):
+    of_keys, of_values = scales_rows
+    log2_scale, inverse = gl.load(of_values + block * 2), gl.load(of_values + block * 2 + 1)
+    return gl.load(of_keys + block), log2_scale, inverse
 
 
 @gluon.jit
 def advance(
-    tile, state, q_tile, k, v, shared, ready, listed, scales_row, seen, scale_log2,
+    tile, state, q_tile, k, v, shared, ready, listed, scales_rows, seen, scale_log2,
     layout: gl.constexpr,
 ):  # fmt: skip
     # P V of this tile beside the exponentials of the next; `seen` are its columns, None is all.
@@ -90,7 +89,7 @@ def advance(
     HEAD_DIM: gl.constexpr = k_shared.shape[4]
     # block_2 belongs to tile + 2, block_3 to tile + 3, `scales` to tile + 1
     block_3 = gl.load(indices_row + gl.minimum(tile + 3, last) * index_stride).to(gl.int32)
-    next_scales = read_scales(scales_row, block_2)
+    next_scales = read_scales(scales_rows, block_2)
     slot, other = tile % STAGES, (tile + 1) % STAGES
     operand = to_operand(weights, layout)
 
@@ -125,8 +124,8 @@ def hopper_fp8_kernel(
     kv_indices_ptr,
     order_ptr,
     q_scales_ptr,
-    scales_ptr,
-    out_scale_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     shift_ptr,
     out_strides,
     num_blocks_strides,
@@ -164,7 +163,8 @@ def hopper_fp8_kernel(
     q_start = q_block * BLOCK_Q + gl.program_id(0) % SPLIT * ROWS
     head_row = batch.to(gl.int64) * heads + head
     scale_log2 *= gl.load(q_scales_ptr + head_row * q_blocks + q_block)
-    scales_row = scales_ptr + head_row * ((kv_len + COLUMNS - 1) // COLUMNS) * 3
+    first_scale = head_row * ((kv_len + COLUMNS - 1) // COLUMNS)
+    scales_rows = (k_scales_ptr + first_scale, v_scales_ptr + first_scale * 2)
     tiles = gl.maximum(kept, 1)  # an empty row works on a tile in vain
 
     q_shared = gl.allocate_shared_memory(q.dtype, [1, 1, 1, ROWS, HEAD_DIM], q.layout)
@@ -181,16 +181,16 @@ def hopper_fp8_kernel(
 
     # Blocks of the tiles ahead, each read long before its load.
     last, stride = tiles - 1, indices_strides[3]
-    block_0 = gl.load(indices_row).to(gl.int32)
-    block_1 = gl.load(indices_row + gl.minimum(1, last) * stride).to(gl.int32)
-    block_2 = gl.load(indices_row + gl.minimum(2, last) * stride).to(gl.int32)
-    last_block = gl.load(indices_row + last * stride).to(gl.int32)
+    block_0 = gl.load(indices_row, mask=kept > 0, other=0).to(gl.int32)
+    block_1 = gl.load(indices_row + stride, mask=kept > 1, other=0).to(gl.int32)
+    block_2 = gl.load(indices_row + 2 * stride, mask=kept > 2, other=0).to(gl.int32)
+    last_block = gl.load(indices_row + last * stride, mask=kept > 0, other=0).to(gl.int32)
     load(q, batch, head, q_start, q_shared, q_ready, 0, True)
     load(k, batch, head, block_0 * COLUMNS, k_shared, k_ready, 0, True)
     load(v, batch, head, block_0 * HEAD_DIM, v_shared, v_ready, 0, True)
     load(k, batch, head, block_1 * COLUMNS, k_shared, k_ready, 1, tiles > 1)
     load(v, batch, head, block_1 * HEAD_DIM, v_shared, v_ready, 1, tiles > 1)
-    scales, next_scales = read_scales(scales_row, block_0), read_scales(scales_row, block_1)
+    scales, next_scales = read_scales(scales_rows, block_0), read_scales(scales_rows, block_1)
 
     q_tile = q_shared.index(0).reshape([ROWS, HEAD_DIM])
     no_scores = gl.full([ROWS, COLUMNS], 0.0, gl.float32, score_layout)
@@ -215,14 +215,14 @@ def hopper_fp8_kernel(
     state = (acc, acc, weights, rescale, running_max, running_sum, next_scales, block_2)
     for tile in range(0, last - 1):
         state = advance(
-            tile, state, q_tile, k, v, shared, ready, listed, scales_row, None, scale_log2,
+            tile, state, q_tile, k, v, shared, ready, listed, scales_rows, None, scale_log2,
             operand_layout,
         )  # fmt: skip
     # The last tile, the only one that the end of the keys can cut.
     for tile in range(gl.maximum(last - 1, 0), last):
         seen = last_block * COLUMNS + columns < kv_len
         state = advance(
-            tile, state, q_tile, k, v, shared, ready, listed, scales_row, seen, scale_log2,
+            tile, state, q_tile, k, v, shared, ready, listed, scales_rows, seen, scale_log2,
             operand_layout,
         )  # fmt: skip
     acc, of_tile, weights, rescale, running_max, running_sum, scales, block_2 = state
@@ -235,9 +235,8 @@ def hopper_fp8_kernel(
     acc = gl.fma(acc, gl.convert_layout(rescale, out_row_layout)[:, None], of_tile)
 
     lse, scale = lse_and_scale(running_max, running_sum, kept, ln_2)
-    scale *= gl.load(out_scale_ptr + head_row)
     acc = gl.where(kept == 0, 0.0, acc)  # an empty row has read a block that may hold NaN
-    out = acc * gl.convert_layout(scale, out_row_layout)[:, None]
+    out = acc * gl.convert_layout(scale * (1 / 256), out_row_layout)[:, None]
 
     rows = q_start + gl.arange(0, ROWS, row_layout)
     head_rows = head_row * q_len + rows
@@ -290,17 +289,22 @@ def hopper_fp8(
         values, v_scales: as `quantize_values` gives them block by block.
 
     The others as checked and prepared by `block_sparse_fwd`.
+
+    Raises:
+        ValueError: a tile that this kernel does not have.
     """
+    wanted = Tile(ROWS, values.shape[4], 4, 2, True)
+    if tile != wanted:
+        raise ValueError(f"FP8 in Gluon has {wanted} for these blocks, got {tile}")
     batch, q_len, heads, head_dim = query.shape
-    scales, out_scale = fold_scales(k_scales, v_scales)
     hopper_fp8_kernel[(-(-q_len // block_size[0]) * (block_size[0] // ROWS) * heads * batch,)](
         q=describe(query, ROWS),
         k=describe(key, tile.columns),
         v=describe_values(values),
         out_ptr=out,
         q_scales_ptr=q_scales,
-        scales_ptr=scales,
-        out_scale_ptr=out_scale,
+        k_scales_ptr=k_scales,
+        v_scales_ptr=v_scales,
         shift_ptr=shift,
         out_strides=out.stride(),
         softmax_scale=scale,

@@ -22,8 +22,6 @@ from .block_pool import block_pool
 from .dot import check_tensors, load_tile, padded_head_dim, to_fp8
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-# Largest weight of values in FP8: within e4m3's 448, so that small ones lose little.
-WEIGHTS_LIMIT: tl.constexpr = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -105,14 +103,17 @@ def quantize_values_kernel(
     tile = tl.where((rows < valid)[:, None], tile, 0.0)  # padding may hold NaN
     rounded, scale = to_8_bits(tile, out_ptr.dtype.element_ty)
     row_of_head = batch.to(tl.int64) * heads + head
-    tl.store(scale_ptr + row_of_head * blocks + block, scale)
+    scale_ptr += (row_of_head * blocks + block) * (2 if BY_BLOCK else 1)
     if BY_BLOCK:
+        tl.store(scale_ptr, tl.log2(scale))
+        tl.store(scale_ptr + 1, 1.0 / scale)
         # As store order: tokens 0, 1, 8, 9 of each 16, then 2, 3, 10, 11, and so on.
         values = rounded.trans().reshape(BLOCK_D, BLOCK // 16, 2, 4, 2).permute(0, 1, 3, 2, 4)
         values = values.reshape(BLOCK_D, BLOCK)
         out_rows = ((row_of_head * blocks + block) * HEAD_DIM + dims)[:, None] * BLOCK
         columns = tl.arange(0, BLOCK)
     else:
+        tl.store(scale_ptr, scale)
         values, columns = rounded.trans(), rows
         out_rows = (row_of_head * HEAD_DIM + dims)[:, None] * (blocks * BLOCK)
     tl.store(out_ptr + out_rows + columns[None, :], values, mask=(dims < HEAD_DIM)[:, None])
@@ -126,7 +127,8 @@ def quantize_values(
     Returns:
         `(B, H, D, N * block)`, zeros after the last valid token, and scales `(B, H, N)` float32.
         With `by_block` values are `(B, H, N, D, block)`, the tokens of each 16 in the order 0, 1,
-        8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15 (`hopper_fp8.py` says why).
+        8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15 (`hopper_fp8.py` says why), and scales are
+        `(B, H, N, 2)`: log2 of each and its inverse.
     """
     value = value if value.stride(3) == 1 else value.contiguous()
     batch, seqlen, heads, head_dim = value.shape
@@ -135,7 +137,8 @@ def quantize_values(
     if by_block:
         shape = batch, heads, blocks, head_dim, block
     out = torch.empty(shape, dtype=DTYPES["fp8"], device=device)
-    scale = torch.empty((batch, heads, blocks), dtype=torch.float32, device=device)
+    of_block = (2,) if by_block else ()
+    scale = torch.empty((batch, heads, blocks, *of_block), dtype=torch.float32, device=device)
     with torch.cuda.device_of(value):
         quantize_values_kernel[(blocks, heads, batch)](
             x=value,
@@ -151,53 +154,6 @@ def quantize_values(
             num_warps=4,
         )
     return out, scale
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def fold_scales_kernel(
-    k_scale_ptr, v_scale_ptr, scales_ptr, out_scale_ptr, blocks, CHUNK: tl.constexpr
-):
-    row = tl.program_id(0)
-    k_scale_ptr += row * blocks
-    v_scale_ptr += row * blocks
-    scales_ptr += row.to(tl.int64) * blocks * 3
-    of_chunk = tl.arange(0, CHUNK)
-    largest = tl.zeros((CHUNK,), tl.float32)
-    for start in tl.range(0, blocks, CHUNK):
-        block = start + of_chunk
-        scale = tl.load(v_scale_ptr + block, mask=block < blocks, other=0.0)
-        largest = tl.maximum(largest, scale)
-    out_scale = tl.max(largest, 0) / WEIGHTS_LIMIT
-    tl.store(out_scale_ptr + row, out_scale)
-    for start in tl.range(0, blocks, CHUNK):
-        block = start + of_chunk
-        valid = block < blocks
-        k_scale = tl.load(k_scale_ptr + block, mask=valid, other=0.0)
-        share = tl.load(v_scale_ptr + block, mask=valid, other=1.0) / out_scale
-        share = tl.maximum(share, 2.0**-60)  # such a block adds nothing that float32 would show
-        tl.store(scales_ptr + block * 3, k_scale, mask=valid)
-        tl.store(scales_ptr + block * 3 + 1, tl.log2(share), mask=valid)
-        tl.store(scales_ptr + block * 3 + 2, 1.0 / share, mask=valid)
-
-
-def fold_scales(k_scale: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of blocks as weights of FP8 take them, which hold the scale of their values.
-
-    Args:
-        k_scale, v_scale: `(B, H, N)` float32, as `quantize` and `quantize_values` give them.
-
-    Returns:
-        `(B, H, N, 3)` float32: the scale of the keys, log2 of what the block's weights are
-        probabilities times, and its inverse; and `(B, H)`, what the output must be multiplied by.
-    """
-    batch, heads, blocks = v_scale.shape
-    scales = v_scale.new_empty((batch, heads, blocks, 3))
-    out_scale = v_scale.new_empty((batch, heads))
-    with torch.cuda.device_of(v_scale):
-        fold_scales_kernel[(batch * heads,)](
-            k_scale, v_scale, scales, out_scale, blocks, CHUNK=1024, num_warps=4
-        )
-    return scales, out_scale
 
 
 def quantize(

@@ -140,18 +140,59 @@ def test_fp8_over_many_blocks(monkeypatch):
     in_fp8(monkeypatch, MANY, small)
 
 
-def test_fp8_of_blocks_whose_values_are_far_apart_in_size(monkeypatch):
-    """A weight holds the scale of its block's values: e4m3 must bear that."""
-    monkeypatch.setattr(kernel_cases, "draw", draw_unlike)
-    (errors,) = in_fp8(monkeypatch, replace(MANY, block_size=(64, 64)))
-    assert errors["from_exact"] < 0.07
+@pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e3, 1e6, 1e30])
+def test_values_of_one_block_do_not_spoil_rows_that_do_not_read_it(fp8, factor):
+    out, exact, blocks = fp8_beside_exact(lambda value: value.mul_(factor))
+    for row in range(blocks.shape[2]):
+        rows = slice(64 * row, 64 * row + 64)
+        error = (out[:, rows].double() - exact[:, rows]).square().mean()
+        assert error.sqrt() < 0.07 * exact[:, rows].square().mean().sqrt(), row
 
 
-def draw_unlike(case, device, draw=kernel_cases.draw):
-    query, key, value, blocks, kv_len = draw(case, device)
-    sizes = torch.tensor([1e-30, 0.01, 1, 0.1]).repeat_interleave(64)
-    value = value * sizes.repeat(1 + case.kv_len // 256)[: case.kv_len, None, None].to(value)
-    return query, key, value, blocks, kv_len
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_fp8_of_rows_that_read_no_value_that_is_not_finite(fp8, bad):
+    out, exact, _ = fp8_beside_exact(lambda value: value.fill_(bad))
+    spared = slice(64 * 3)
+    torch.testing.assert_close(out[:, spared].double(), exact[:, spared], atol=0.1, rtol=0.1)
+
+
+@pytest.fixture
+def fp8(monkeypatch):
+    kernel = Emulated(hopper_fp8, "hopper_fp8_kernel")
+    monkeypatch.setattr(hopper_fp8, "hopper_fp8_kernel", kernel)
+
+
+FOUR_BLOCKS = Case("", q_len=256, kv_len=256, kept="all", heads=1)
+IN_FP8 = {"block_size": (64, 64), "precision": "fp8", "tile": gluon_fp8_tile(FOUR_BLOCKS)}
+
+
+def fp8_beside_exact(change):
+    """The output, the exact one and the kept blocks; the last row alone reads the last block."""
+    query, key, value, blocks, _ = kernel_cases.draw(FOUR_BLOCKS, "cpu")
+    change(value[:, 192:])
+    blocks[:, :, :3, 3] = False
+    counts, indices = to_lists(blocks)
+    indices[:, :, :3, 3] = 30000  # behind the end of their lists
+    out, _ = kernel_cases.block_sparse_fwd(query, key, value, counts, indices, **IN_FP8)
+    mask = kernel_cases.token_mask(FOUR_BLOCKS, blocks, None)
+    read = value.nan_to_num(0.0, 0.0)  # 0 times what is not finite is not 0
+    return out, kernel_cases.oracle(query, key, read, mask, 64**-0.5)[0], blocks
+
+
+def test_fp8_of_an_empty_row_does_not_look_at_its_list(fp8):
+    query, key, value, blocks, _ = kernel_cases.draw(FOUR_BLOCKS, "cpu")
+    counts, indices = to_lists(blocks)
+    counts[:, :, 0], indices[:, :, 0] = 0, 30000
+    out, lse = kernel_cases.block_sparse_fwd(query, key, value, counts, indices, **IN_FP8)
+    assert (out[:, :64] == 0).all() and lse[:, :, :64].isneginf().all()
+    assert out[:, 64:].isfinite().all() and lse[:, :, 64:].isfinite().all()
+
+
+def test_fp8_takes_its_own_tiles_alone():
+    query, key, value, blocks, _ = kernel_cases.draw(FOUR_BLOCKS, "cpu")
+    options = IN_FP8 | {"tile": IN_FP8["tile"]._replace(num_warps=8)}
+    with pytest.raises(ValueError, match="FP8 in Gluon has"):
+        kernel_cases.block_sparse_fwd(query, key, value, *to_lists(blocks), **options)
 
 
 LOAD_K = "    load(k, batch, head, next_start, k_shared, k_ready, other, tile + 3 <= last)\n"
