@@ -305,7 +305,7 @@ def kernel_calls(
         return block_sparse_fwd(q, k, v, *lists(), block_size=size, order=chosen, tile=tile)
 
     expected = cache(lambda: ours()[0])
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     dense = cache(lambda: F.scaled_dot_product_attention(*heads_first).transpose(1, 2))
 
     def candidate(tile: Tile) -> Callable:

@@ -260,7 +260,8 @@ def gpu_of(lock, alone=False):
 class attention_clock:
     """Counts the time inside `LayerAttention`; gives a function that returns the seconds.
 
-    On a GPU that of its own work: at the sizes here the host is slower, and far less even.
+    On a GPU that of its own work, where the host takes less than AHEAD for a call: at the sizes
+    here the host is slower, and far less even.
     """
 
     def __init__(self, device):

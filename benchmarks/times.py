@@ -3,12 +3,13 @@
     python benchmarks/times.py --of benchmarks/results/pareto.json --out times.json
     python benchmarks/times.py --of benchmarks/results/pareto.json --out times.json --put-in
 
-The least of three generations each, of the GPU alone: before each call of attention it waits until
-the host has issued all of it. `--put-in` measures nothing, but writes the times of --out where the
-same settings stand in --of. Resumable: what is in --out is left out.
+The least of three generations each, of the GPU: before each call of attention it waits 5 ms for the
+host to issue the call. `--put-in` measures nothing, but writes the times of --out where the same
+settings stand in --of. Resumable: what is in --out is left out.
 
 What would mislead: at a few thousand tokens a real run may wait for the host, which is left out
-here; the time of attention is no time of a whole video.
+here but for calls that take it longer, such as a search at every step; the time of attention is no
+time of a whole video.
 """
 
 import json

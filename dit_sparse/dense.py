@@ -5,12 +5,17 @@ fused kernel but shows it only through private operators; this file is the one p
 them. Our own kernel with all blocks kept is the fallback.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
 from .attention import sparse_attention
 from .block_mask import BlockMask
 from .engines import Problem, fa4, why_not
+
+logger = logging.getLogger(__name__)
+_refused: set[Problem] = set()  # what flash-attn-4 has failed with
 
 
 def dense_attention_with_lse(
@@ -24,10 +29,15 @@ def dense_attention_with_lse(
     Returns:
         output (B, Sq, H, D) and lse (B, H, Sq) float32, natural log.
     """
-    block, lengths = (128, 128), kv_len is not None
-    problem = Problem(query.device, query.dtype, query.shape[-1], block, lengths)
-    if why_not("fa4", problem) is None:
-        return fa4.attend_densely(query, key, value)
+    problem = Problem(query.device, query.dtype, query.shape[-1], (128, 128), kv_len is not None)
+    if problem not in _refused and why_not("fa4", problem) is None:
+        try:
+            return fa4.call(query, key, value)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its compiler has many ways to fail
+            _refused.add(problem)
+            logger.warning("flash-attn-4 fails with %s; torch's kernel runs instead", error)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     try:
         if kv_len is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from .block_mask import BlockMask
 from .grid import VideoGrid
 from .host_cache import HostCache, is_apart
 from .patterns.correct import Correction
+from .patterns.search import lengths_on
 from .schedule import Kind
 from .ulysses import Ulysses
 
@@ -39,17 +39,11 @@ class Call:
 
     def kv_len(self, device: torch.device) -> Tensor | None:
         """`lengths` as (B,) int32 on a layer's device: layers may be spread over several."""
-        return None if self.lengths is None else _on_device(self.lengths, device)
+        return None if self.lengths is None else lengths_on(self.lengths, device)
 
     @property
     def signature(self) -> tuple:
         return self.grid, self.num_steps, self.device, self.dtype
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def default_tile(
 ) -> Tile:
     """The tile of the table for tensors like these, of Triton's kernel alone if asked for."""
     path, head_dim = load_path(query, key, value), query.shape[-1]
-    # What the Gluon kernels serve: whole head dims.
+    # What the Gluon kernels serve: head dims of 64 and 128.
     served = path == "descriptor" and not triton_only and head_dim in (64, 128)
     gluon = served and gluon_runs(query.device)
     found = tuned_tile(query.device, problem(path, head_dim, block_size))
@@ -470,7 +470,8 @@ def block_sparse_fwd(
             # The Gluon kernels know neither valid lengths nor INT8.
             own = kv_len is not None or precision == "int8"
             tile = default_tile(*read, block_size, own)
-            launch(key_of, tile.within(block_size), run)
+            instead = default_tile(*read, block_size, True).within(block_size)
+            launch(key_of, tile.within(block_size), run, instead)
         else:
             run(tile.within(block_size))
     return out, lse

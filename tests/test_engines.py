@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from dit_sparse import BlockMask, attention, reference, sparse_attention
+from dit_sparse import BlockMask, attention, dense, reference, sparse_attention
 from dit_sparse.dense import dense_attention_with_lse
 from dit_sparse.engines import ENGINES, Problem, fa4, preferred, triton_engine, why_not
 from dit_sparse.patterns.adaspa import AdaSpa
@@ -146,6 +146,24 @@ def test_dense_attention_with_its_lse_is_of_fa4_where_that_serves(monkeypatch):
     dense_attention_with_lse(*[query.float()] * 3)
     dense_attention_with_lse(*[query] * 3, kv_len=torch.tensor([70], dtype=torch.int32))
     assert len(given) == 1
+
+
+def test_where_fa4_fails_dense_attention_is_torch_s_and_it_is_told_once(monkeypatch, caplog):
+    def flash_attn_func(q, k, v, **options):
+        raise RuntimeError("no compiler")
+
+    installed(monkeypatch, flash_attn_func=flash_attn_func)
+    monkeypatch.setattr(fa4, "missing", lambda device: None)
+    monkeypatch.setattr(dense, "_refused", set())
+    query = torch.randn(1, 100, 2, 64).bfloat16()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *[query.transpose(1, 2)] * 3
+    ).transpose(1, 2)
+    for _ in range(2):
+        torch.testing.assert_close(dense_attention_with_lse(query, query, query)[0], expected)
+    assert [record.message for record in caplog.records] == [
+        "flash-attn-4 fails with no compiler; torch's kernel runs instead"
+    ]
 
 
 def test_missing_fa4_names_the_extra(monkeypatch):

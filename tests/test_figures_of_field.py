@@ -80,10 +80,10 @@ def test_how_far_auto_is_ahead_of_the_field():
     assert min(by_cost) > 0
     by_time = [margin for box in BOXES for margin in ahead(best, box, "effective_time").values()]
     told = (
-        f"At {sum(m > 0 for m in by_time)} of its {len(by_time)} points nothing that takes no more"
-        f" time is as near to dense, at {sum(m >= 2 for m in by_time)} of them nothing within 2 dB"
+        f"at all {len(by_time)} of its points nothing that takes no more time is as near to dense,"
+        f" at {sum(m >= 2 for m in by_time)} of them nothing within 2 dB"
     )
-    assert told in text("README.md")
+    assert told in text("README.md") and min(by_time) > 0
     leads = []
     for box in BOXES:
         mine, theirs = best[box, "auto"], best[box, "rettention"]

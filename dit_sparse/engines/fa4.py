@@ -98,13 +98,11 @@ def attend(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     lists = BlockSparseTensorsTorch(**block_mask.to_fa4())
-    return attend_densely(query, key, value, softmax_scale=scale, block_sparse_tensors=lists)
+    return call(query, key, value, softmax_scale=scale, block_sparse_tensors=lists)
 
 
-def attend_densely(
-    query: Tensor, key: Tensor, value: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Output and natural-log LSE of all keys, unless `options` say otherwise."""
+def call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Output and natural-log LSE, of all keys unless `options` say otherwise."""
     from flash_attn.cute.interface import flash_attn_func
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

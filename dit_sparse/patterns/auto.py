@@ -34,8 +34,8 @@ from .select import kept_share, most_kept, pack_rows, packs, top_k_rows, top_p_r
 
 TAIL_TOKENS = (16, 32, 64, 128)
 RESIDUALS = ("fp8", "model", None)
-# At costs of about 0.6, 0.4 and 0.2, near the best on tuning prompts of the small pipelines
-# (benchmarks/results/schedules_h200.json).
+# At costs of about 0.6, 0.4 and 0.2; times near the best on tuning prompts of the small pipelines
+# (benchmarks/results/schedules_h200.json), density and means by ablation_auto_h200.json.
 TARGETS: dict[str, dict] = {
     "fidelity": {"density": 0.115, "search_at": (0.24, 0.31, 0.43, 0.59, 0.78)},
     "balanced": {"density": 0.115, "search_at": (0.12, 0.23, 0.43, 0.69)},

@@ -180,10 +180,7 @@ def mass_of_rows(
     refuse_missing("triton", query.device)
     from ..kernels.sampled_mass import sampled_mass
 
-    kv_len = search.lengths
-    if kv_len is not None:
-        kv_len = torch.tensor(kv_len, dtype=torch.int32, device=key.device)
-    return sampled_mass(query, key, *how, kv_len=kv_len)
+    return sampled_mass(query, key, *how, kv_len=search.kv_len)
 
 
 def _mass_in_torch(

@@ -1,7 +1,9 @@
 """What a pattern is given at a search step, and what it returns."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
@@ -41,6 +43,11 @@ class Search:
     shared: Ulysses | None = None
 
     @property
+    def kv_len(self) -> Tensor | None:
+        """`lengths` as (B,) int32 where the keys are."""
+        return None if self.lengths is None else lengths_on(self.lengths, self.key.device)
+
+    @property
     def heads(self) -> int:
         """Of the layer, wherever they are."""
         return self.query.shape[2] * (1 if self.shared is None else self.shared.degree)
@@ -68,3 +75,9 @@ class Found:
     mask: Tensor | BlockMask
     kept_mass: Tensor | None = None
     cost: float = 0.0
+
+
+@lru_cache(maxsize=16)  # of each layer the same: a copy to a GPU makes the host wait
+@torch.inference_mode(False)
+def lengths_on(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
