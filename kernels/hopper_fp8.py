@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,  # noqa: F401 - `load` names it
     warpgroup_mma,
     warpgroup_mma_wait,
 )
