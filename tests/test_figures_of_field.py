@@ -307,7 +307,10 @@ def test_rivals_at_equal_time_between_points():
     told = f"two it would be {-two[0]:.1f} dB nearer and {two[1]:.1f} further"
     readme = text("README.md")
     assert told in readme
-    assert f"at all others the four are {min(leads.values()):.1f} dB and more further" in readme
+    assert (
+        f"at all others these four methods are {min(leads.values()):.1f} dB and more further"
+        in readme
+    )
 
 
 def test_how_far_auto_is_ahead_at_33792_tokens():
