@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --out ... --sweep --shape wan-1.3b     # every candidate tile too
 
 Peers run side by side, medians of CUDA events: torch SDPA (cuDNN, FlashAttention-2), flash-attn-4
-dense and block sparse (`--fa4 DIR` where `pip --target` put it), FlexAttention, ours.
+dense and block sparse (`--fa4 DIR` where `pip --target` put it), FlexAttention, SageAttention
+where it is installed (dense and lossy), ours.
 First the cases of tests/kernel_cases.py and each engine against the reference; an engine that is
 wrong gets no time. What is done already stands in --out and is not measured again; dense attention
 and the matrix rate are, since ratios compare times of one process only. The last line is JSON.

@@ -477,12 +477,17 @@ def given_settings(path, runner, method):
     """(budgets, config) of the same; with tables and gates made anew."""
     made = {}  # which settings share
     for budgets, config in gives(path, runner, method):
-        if method in TUNED_BY_RUNS:
-            named = config.get("gate") or config["table"]
-            if named not in made:
-                made[named] = made_anew(runner, config)
-            config = config | made[named]
-        yield budgets, method_class(method)(**config)
+        yield budgets, config_anew(runner, method, config, made)
+
+
+def config_anew(runner, method, config, made):
+    """Of its options in a result; tables and gates are `made` once, by the names that they had."""
+    if method in TUNED_BY_RUNS:
+        named = config.get("gate") or config["table"]
+        if named not in made:
+            made[named] = made_anew(runner, config)
+        config = config | made[named]
+    return method_class(method)(**config)
 
 
 def made_anew(runner, config):

@@ -22,10 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 from environment import environment  # noqa: E402
 from pareto import (  # noqa: E402
     DENSE,
-    TUNED_BY_RUNS,
     Runner,
+    config_anew,
     load_results,
-    made_anew,
     other_prompts,
     parser_of_runs,
     save,
@@ -33,15 +32,13 @@ from pareto import (  # noqa: E402
 )
 from result_file import write_result  # noqa: E402
 
-from dit_sparse.patterns import method_class  # noqa: E402
-
 REPEATS = 3
+SETTING = "pipeline", "size", "method", "config"
 
 
 def setting(record):
     """What a time is of."""
-    names = "pipeline", "size", "method", "config"
-    return json.dumps([record[name] for name in names], sort_keys=True)
+    return json.dumps([record[name] for name in SETTING], sort_keys=True)
 
 
 def seconds_of(runner, config):
@@ -57,17 +54,11 @@ def measure(runner, records, result, args):
     left = [record for record in records if setting(record) not in done]
     if not left:
         return
-    runner.tuning.dense = runner.latents(runner.tuning)  # what tables are made from
     dense, made = seconds_of(runner, DENSE), {}
     for record in left:
-        config = record["config"]
-        if record["method"] in TUNED_BY_RUNS:
-            named = config.get("gate") or config["table"]
-            if named not in made:
-                made[named] = made_anew(runner, config)
-            config = config | made[named]
-        seconds = seconds_of(runner, method_class(record["method"])(**config))
-        found = {name: record[name] for name in ("pipeline", "size", "method", "config")}
+        config = config_anew(runner, record["method"], record["config"], made)
+        seconds = seconds_of(runner, config)
+        found = {name: record[name] for name in SETTING}
         found |= {"seconds": seconds, "dense_seconds": dense}
         result["records"].append(found | {"effective_time": min(seconds) / min(dense)})
         print(record["pipeline"], record["method"], min(seconds) / min(dense), flush=True)

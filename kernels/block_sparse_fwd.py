@@ -470,7 +470,7 @@ def block_sparse_fwd(
             # The Gluon kernels know neither valid lengths nor INT8.
             own = kv_len is not None or precision == "int8"
             tile = default_tile(*read, block_size, own)
-            instead = default_tile(*read, block_size, True).within(block_size)
+            instead = default_tile(*read, block_size, True).within(block_size) if fp8 else None
             launch(key_of, tile.within(block_size), run, instead)
         else:
             run(tile.within(block_size))

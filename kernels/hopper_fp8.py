@@ -32,6 +32,7 @@ from .hopper_fwd import (
     load,
     lse_and_scale,
     shared_layout,
+    store_rows,
 )
 from .tiles import Tile
 
@@ -241,17 +242,8 @@ def hopper_fp8_kernel(
     head_rows = head_row * q_len + rows
     lse += gl.load(shift_ptr + head_rows, mask=rows < q_len, other=0.0) * softmax_scale
     gl.store(lse_ptr + head_rows, lse, mask=rows < q_len)
-    store_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
-    )
-    rows = q_start + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, store_layout))
-    out_base = out_ptr + batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[2]
-    gl.store(
-        out_base + rows.to(gl.int64)[:, None] * out_strides[1] + dims[None, :],
-        gl.convert_layout(out.to(out_ptr.dtype.element_ty), store_layout),
-        mask=(rows < q_len)[:, None],
-    )
+    out = out.to(out_ptr.dtype.element_ty)
+    store_rows(out_ptr, out_strides, batch, head, q_start, q_len, out, 4)
 
 
 def describe_values(values: Tensor) -> TensorDescriptor:

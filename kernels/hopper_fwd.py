@@ -132,6 +132,24 @@ def advance(tile, state, q_tile, k, v, shared, ready, listed, no_scores, seen, s
     return acc, weights, running_max, running_sum, next_start
 
 
+@gluon.jit
+def store_rows(out_ptr, out_strides, batch, head, start, q_len, out, num_warps: gl.constexpr):
+    # A tile of output into rows start .. of one head.
+    ROWS: gl.constexpr = out.shape[0]
+    HEAD_DIM: gl.constexpr = out.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [num_warps, 1], [1, 0]
+    )
+    rows = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    out_base = out_ptr + batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[2]
+    gl.store(
+        out_base + rows.to(gl.int64)[:, None] * out_strides[1] + dims[None, :],
+        gl.convert_layout(out, layout),
+        mask=(rows < q_len)[:, None],
+    )
+
+
 @gluon.jit(do_not_specialize=["heads", "q_len", "kv_len"])
 def hopper_fwd_kernel(
     q,
@@ -248,17 +266,7 @@ def hopper_fwd_kernel(
     rows = q_start + gl.arange(0, ROWS, row_layout)
     lse_row = lse_ptr + (batch.to(gl.int64) * heads + head) * q_len
     gl.store(lse_row + rows, lse, mask=rows < q_len)
-    store_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [num_warps, 1], [1, 0]
-    )
-    rows = q_start + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, store_layout))
-    out_base = out_ptr + batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[2]
-    gl.store(
-        out_base + rows.to(gl.int64)[:, None] * out_strides[1] + dims[None, :],
-        gl.convert_layout(out.to(dtype), store_layout),
-        mask=(rows < q_len)[:, None],
-    )
+    store_rows(out_ptr, out_strides, batch, head, q_start, q_len, out.to(dtype), num_warps)
 
 
 @functools.cache  # every call asks for the same few, and making one takes as long as a launch

@@ -20,9 +20,8 @@ def attention_of_rows(search: Search, places: Tensor) -> Tensor:
     """Softmax of the rows at `places` over all keys, (B, H, rows, S) float32."""
     query = search.query[:, places].transpose(1, 2).float()
     scores = query @ search.key.permute(0, 2, 3, 1).float() * query.shape[-1] ** -0.5
-    if search.lengths is not None:
-        lengths = torch.tensor(search.lengths, device=scores.device)
-        padded = torch.arange(scores.shape[-1], device=scores.device) >= lengths[:, None]
+    if (kv_len := search.kv_len) is not None:
+        padded = torch.arange(scores.shape[-1], device=scores.device) >= kv_len[:, None]
         scores = scores.masked_fill(padded[:, None, None], -torch.inf)
     return scores.softmax(-1)
 

@@ -109,8 +109,8 @@ def antidiagonal(search: Search, block_size: int, stride: int = 8) -> Scores:
     )  # (B, S / stride, stride, H, D)
     flipped, scale = key.flip(2), search.query.shape[-1] ** -0.5 / stride
     padded = None
-    if search.lengths is not None:
-        groups = torch.tensor(search.lengths, device=key.device).add(stride - 1) // stride
+    if (kv_len := search.kv_len) is not None:
+        groups = kv_len.add(stride - 1) // stride
         padded = (torch.arange(key.shape[1], device=key.device) >= groups[:, None])[:, None, None]
     per_block, parts = block_size // stride, []
     per_row = key.shape[0] * key.shape[1] * key.shape[3]
@@ -176,7 +176,7 @@ def mass_of_rows(
     scale = search.query.shape[-1] ** -0.5
     how = rows_per_block, block_size, scale
     if own_engine(engine, query, (block_size, block_size)) == "torch":
-        return _mass_in_torch(query, key, search.lengths, *how)
+        return _mass_in_torch(query, key, search.kv_len, *how)
     refuse_missing("triton", query.device)
     from ..kernels.sampled_mass import sampled_mass
 
@@ -186,16 +186,16 @@ def mass_of_rows(
 def _mass_in_torch(
     query: Tensor,
     key: Tensor,
-    lengths: tuple[int, ...] | None,
+    kv_len: Tensor | None,
     rows_per_block: int,
     block_size: int,
     scale: float,
 ) -> Tensor:
     keys = key.permute(0, 2, 3, 1).float()  # (B, H, d, S)
     padded = None
-    if lengths is not None:
-        valid = torch.tensor(lengths, device=key.device)[:, None]
-        padded = (torch.arange(key.shape[1], device=key.device) >= valid)[:, None, None]
+    if kv_len is not None:
+        places = torch.arange(key.shape[1], device=key.device)
+        padded = (places >= kv_len[:, None])[:, None, None]
     per_row = key.shape[0] * key.shape[2] * key.shape[1]
     blocks_at_once = max(1, CHUNK_ELEMENTS // (per_row * rows_per_block))
     parts = []
